@@ -1,0 +1,170 @@
+/* fastops C API (C11): attention operators on caller-owned memory.
+ *
+ * Rules that hold for every function here
+ *   - No allocation, no exception, no global state is touched by an operator call: scratch memory, threads and the
+ *     place for an error message come in through fastops_env.
+ *   - Every descriptor starts with struct_size = sizeof(descriptor): a field added later reads as zero for callers
+ *     compiled against an older header.
+ *   - Strides count elements, may be any value (0 broadcasts, negative is allowed) and only the last dimension of
+ *     q, k, v and out must be dense. Index tensors (cu_seqlens, block_table, seq_lens) are read and checked before
+ *     anything they point at is touched.
+ *   - A log-sum-exp (LSE) is fp32 and natural log. A row that sees no key gives out = 0 and LSE = -inf.
+ *   - Results do not depend on the number of threads: the same inputs give the same bits.
+ */
+#ifndef FASTOPS_FASTOPS_H
+#define FASTOPS_FASTOPS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define FASTOPS_API __declspec(dllexport)
+#else
+#define FASTOPS_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define FASTOPS_VERSION_MAJOR 0
+#define FASTOPS_VERSION_MINOR 1
+#define FASTOPS_VERSION_PATCH 0
+
+typedef enum fastops_status {
+  FASTOPS_OK = 0,
+  FASTOPS_ERR_VALUE = 1,       /* a shape, stride or value is wrong: Python raises ValueError */
+  FASTOPS_ERR_TYPE = 2,        /* a dtype is wrong: Python raises TypeError */
+  FASTOPS_ERR_UNSUPPORTED = 3, /* a right call that this build or machine cannot run: NotSupportedError */
+  FASTOPS_ERR_INTERNAL = 4     /* a bug in fastops */
+} fastops_status;
+
+typedef enum fastops_dtype {
+  FASTOPS_DTYPE_NONE = 0,
+  FASTOPS_F32 = 1,
+  FASTOPS_F16 = 2,
+  FASTOPS_BF16 = 3,
+  FASTOPS_I32 = 4,
+  FASTOPS_I64 = 5,
+  FASTOPS_BOOL = 6, /* one byte, 0 or 1 */
+  FASTOPS_F64 = 7   /* named so that a check can refuse it with a clear message */
+} fastops_dtype;
+
+#define FASTOPS_MAX_DIMS 5
+
+/* A view of somebody else's memory. An absent optional tensor is all zero (data == NULL and ndim == 0); an empty
+ * tensor has ndim > 0, a zero size, and may have data == NULL. */
+typedef struct fastops_tensor {
+  void* data;
+  int64_t size[FASTOPS_MAX_DIMS];
+  int64_t stride[FASTOPS_MAX_DIMS]; /* in elements */
+  int32_t ndim;
+  int32_t dtype; /* fastops_dtype */
+} fastops_tensor;
+
+/* Calls f(arg, begin, end) over a partition of [0, n) into ranges of at least `grain`, on any threads, and returns
+ * when all have returned. */
+typedef void (*fastops_range_fn)(void* arg, int64_t begin, int64_t end);
+typedef void (*fastops_parallel_for_fn)(void* ctx, int64_t n, int64_t grain, fastops_range_fn f, void* arg);
+
+#define FASTOPS_MESSAGE_SIZE 512
+
+typedef struct fastops_env {
+  uint32_t struct_size;
+  int32_t num_threads;                  /* workers that parallel_for may run at once; <= 1 or no parallel_for: serial */
+  fastops_parallel_for_fn parallel_for; /* may be NULL */
+  void* parallel_ctx;
+  void* workspace;       /* at least fastops_*_workspace() bytes, 64-byte aligned; may be NULL when that is 0 */
+  size_t workspace_size; /* in bytes */
+  char* message;         /* NULL or FASTOPS_MESSAGE_SIZE bytes: a failing call leaves a sentence here */
+  const char* variant;   /* out: the instruction set that ran, e.g. "avx512" (static storage) */
+} fastops_env;
+
+/* ---- control plane ------------------------------------------------------------------------------------------- */
+
+FASTOPS_API const char* fastops_version(void);
+/* The instruction-set variants, best first, ended by NULL. compiled() and supported() take such a name: whether this
+ * build holds it, and whether this machine can run it (the operating system's register saving included). */
+FASTOPS_API const char* const* fastops_isa_names(void);
+FASTOPS_API int fastops_isa_compiled(const char* name);
+FASTOPS_API int fastops_isa_supported(const char* name);
+/* The variant that calls will use, chosen once: the best compiled and supported one, or FASTOPS_ISA's. */
+FASTOPS_API const char* fastops_isa_active(void);
+/* Forces a variant for the whole process (NULL or "auto": back to automatic). FASTOPS_ERR_VALUE for an unknown name,
+ * FASTOPS_ERR_UNSUPPORTED for one this build or machine lacks; the choice is unchanged then. */
+FASTOPS_API fastops_status fastops_isa_set(const char* name, char* message);
+
+/* ---- attention ----------------------------------------------------------------------------------------------- */
+
+typedef enum fastops_align {
+  FASTOPS_ALIGN_BOTTOM_RIGHT = 0, /* query i stands at key position i + Sk - Sq (flash-attention >= 2.1) */
+  FASTOPS_ALIGN_TOP_LEFT = 1      /* query i stands at key position i (torch's is_causal) */
+} fastops_align;
+
+/* softmax(mask(softcap(scale * q k^T) + bias + alibi)) v, with these layouts, told apart by which tensors are given:
+ *   dense  : q [B,Sq,Hq,D]  k [B,Sk,Hkv,D]  v [B,Sk,Hkv,Dv]  out [B,Sq,Hq,Dv]  lse [B,Hq,Sq]
+ *   ragged : q [T,Hq,D]     k [Tk,Hkv,D]    v [Tk,Hkv,Dv]    out [T,Hq,Dv]     lse [Hq,T]   (cu_seqlens_q, cu_seqlens_k)
+ *   paged  : q [T,Hq,D]     k [P,page,Hkv,D] v [P,page,Hkv,Dv] out, lse as ragged           (block_table, seq_lens;
+ *            without cu_seqlens_q each sequence has T / B queries)
+ * A query at position p sees key j iff p - window_left <= j <= p + window_right (-1: unbounded); causal is
+ * window_right = 0. D and Dv: 1..256. q, k, v, out: one dtype of fp32, fp16, bf16 (out may also be fp32). */
+typedef struct fastops_attention_desc {
+  uint32_t struct_size;
+  int32_t align; /* fastops_align */
+  fastops_tensor q, k, v, out;
+  fastops_tensor lse;          /* optional, fp32 */
+  fastops_tensor cu_seqlens_q; /* int32 [B+1], non-decreasing from 0 to at most T */
+  fastops_tensor cu_seqlens_k; /* int32 [B+1] */
+  fastops_tensor block_table;  /* int32 [B, max_pages]: only the pages that seq_lens needs are read */
+  fastops_tensor seq_lens;     /* int32 [B] */
+  fastops_tensor bias;         /* optional [B,Hq,Sq,Sk], dense layout only: bool (true = attend), or added, fp32/fp16/bf16 */
+  fastops_tensor sinks;        /* optional fp32 [Hq]: one more logit per head in the denominator and in the LSE */
+  fastops_tensor alibi_slopes; /* optional fp32 [Hq] or [B,Hq]: adds -slope * |p - j| */
+  float scale;
+  float softcap; /* > 0: s = softcap * tanh(s / softcap) after scaling */
+  int64_t window_left, window_right;
+} fastops_attention_desc;
+
+FASTOPS_API fastops_status fastops_attention_check(const fastops_attention_desc* desc, char* message);
+/* Bytes of scratch for env->num_threads threads: at most 1 MiB each. */
+FASTOPS_API fastops_status fastops_attention_workspace(const fastops_attention_desc* desc, const fastops_env* env,
+                                                       size_t* bytes);
+FASTOPS_API fastops_status fastops_attention_fwd(const fastops_attention_desc* desc, fastops_env* env);
+
+/* Gradients for the dense and ragged layouts. fwd.out and fwd.lse hold the forward's results. */
+typedef struct fastops_attention_bwd_desc {
+  uint32_t struct_size;
+  int32_t reserved;
+  fastops_attention_desc fwd;
+  fastops_tensor dout;       /* like out */
+  fastops_tensor dlse;       /* optional, like lse: the gradient that reached the LSE */
+  fastops_tensor dq, dk, dv; /* like q, k, v */
+  fastops_tensor dsinks;     /* optional fp32 [Hq] */
+} fastops_attention_bwd_desc;
+
+FASTOPS_API fastops_status fastops_attention_bwd_check(const fastops_attention_bwd_desc* desc, char* message);
+FASTOPS_API fastops_status fastops_attention_bwd_workspace(const fastops_attention_bwd_desc* desc,
+                                                           const fastops_env* env, size_t* bytes);
+FASTOPS_API fastops_status fastops_attention_bwd(const fastops_attention_bwd_desc* desc, fastops_env* env);
+
+/* ---- merge_states -------------------------------------------------------------------------------------------- */
+
+/* Joins n attention results over disjoint key sets: out = sum_i exp(lse_i - lse) out_i, lse = log sum_i exp(lse_i).
+ *   outs[i] [B,S,H,Dv] with lses[i] [B,H,S], or outs[i] [T,H,Dv] with lses[i] [H,T]; all of one shape and dtype.
+ * Safe where every lse_i is -inf (out = 0, lse = -inf). */
+typedef struct fastops_merge_states_desc {
+  uint32_t struct_size;
+  int32_t count; /* >= 1 */
+  const fastops_tensor* outs;
+  const fastops_tensor* lses;
+  fastops_tensor out;
+  fastops_tensor lse;
+} fastops_merge_states_desc;
+
+FASTOPS_API fastops_status fastops_merge_states_check(const fastops_merge_states_desc* desc, char* message);
+FASTOPS_API fastops_status fastops_merge_states(const fastops_merge_states_desc* desc, fastops_env* env);
+
+#ifdef __cplusplus
+}
+#endif
+#endif /* FASTOPS_FASTOPS_H */
