@@ -1,0 +1,63 @@
+// 16-bit storage types and their exact scalar conversions: the portable variant's arithmetic and everybody's tails.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+namespace fastops {
+
+struct f16 {
+  uint16_t bits;
+};
+struct bf16 {
+  uint16_t bits;
+};
+
+namespace detail {
+inline float as_float(uint32_t u) {
+  float f;
+  std::memcpy(&f, &u, 4);
+  return f;
+}
+inline uint32_t as_bits(float f) {
+  uint32_t u;
+  std::memcpy(&u, &f, 4);
+  return u;
+}
+}  // namespace detail
+
+inline float to_f32(float x) { return x; }
+inline float to_f32(bf16 x) { return detail::as_float(static_cast<uint32_t>(x.bits) << 16); }
+inline float to_f32(f16 x) {
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
+  const uint32_t rest = static_cast<uint32_t>(x.bits & 0x7fffu) << 13;
+  // A half exponent field of 31 (inf, NaN) must become 255; all others only need the bias moved, which a
+  // multiplication by 2^112 does for subnormals too.
+  const float moved =
+      rest >= 0x0f800000u ? detail::as_float(rest | 0x7f800000u) : detail::as_float(rest) * detail::as_float(0x77800000u);
+  return detail::as_float(detail::as_bits(moved) | sign);
+}
+
+// Round to nearest, ties to even; a NaN stays a (quiet) NaN.
+inline void from_f32(float x, float* out) { *out = x; }
+inline void from_f32(float x, bf16* out) {
+  const uint32_t u = detail::as_bits(x);
+  out->bits = (u & 0x7fffffffu) > 0x7f800000u ? static_cast<uint16_t>((u >> 16) | 0x40u)
+                                              : static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+}
+inline void from_f32(float x, f16* out) {
+  const uint32_t u = detail::as_bits(x);
+  const uint16_t sign = static_cast<uint16_t>((u >> 16) & 0x8000u);
+  const uint32_t mag = u & 0x7fffffffu;
+  if (mag > 0x7f800000u) {
+    out->bits = sign | 0x7e00u;
+  } else if (mag >= 0x477ff000u) {  // rounds to 65536 or more
+    out->bits = sign | 0x7c00u;
+  } else if (mag < 0x38800000u) {  // subnormal half: adding 0.5 lets the fp32 adder do the rounding at bit 24
+    const float shifted = detail::as_float(mag) + 0.5f;
+    out->bits = sign | static_cast<uint16_t>(detail::as_bits(shifted) - 0x3f000000u);
+  } else {
+    out->bits = sign | static_cast<uint16_t>((mag - 0x38000000u + 0x0fffu + ((mag >> 13) & 1u)) >> 13);
+  }
+}
+
+}  // namespace fastops

@@ -1,0 +1,148 @@
+// Between the C API (attention.cpp) and the per-instruction-set kernels (attention.inl.h): a call flattened to plain
+// numbers, one work item of it, and the table of entry points each variant fills in.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace fastops::cpu {
+
+constexpr int kMaxHeadDim = 256;
+constexpr int kPad = 16;         // head sizes are padded to this many fp32 lanes in scratch, for every variant
+constexpr int kDirectRows = 8;   // up to so many rows read K and V in place; more rows pack each tile first
+constexpr int kDirectHeads = 16; // KV heads one direct item may hold
+constexpr int kMaxKeyTile = 128;
+constexpr int kRowGroup = 32;    // scratch rows are padded to a multiple of this
+
+inline int pad_dim(int d) { return (d + kPad - 1) / kPad * kPad; }
+
+// Strides count elements. "Row" below is a (query position, head of the group) pair of one sequence and one KV head:
+// row = position * G + head, so that one K/V tile serves every query head that shares it.
+struct AttentionParams {
+  const char *q, *k, *v;
+  char* out;
+  float* lse;
+  int64_t q_sb, q_ss, q_sh, k_sb, k_ss, k_sh, v_sb, v_ss, v_sh, o_sb, o_ss, o_sh, lse_sb, lse_sh, lse_ss;
+  int32_t dtype, out_dtype;
+  int32_t D, Dv;
+  int64_t B, Hq, Hkv, G;
+  int64_t Sq, Sk;                    // dense lengths
+  const int32_t *cu_q, *cu_k;        // ragged (cu_q also for paged)
+  const int32_t *seq_lens, *table;   // paged
+  int64_t seq_stride, table_sb, table_sp, cu_q_stride, cu_k_stride;
+  int64_t queries_per_seq;           // paged without cu_q
+  int32_t page_shift, page_mask;
+  bool paged, ragged, top_left;
+  float scale, softcap;
+  int64_t window_left, window_right;  // -1: unbounded
+  const float *sinks, *alibi;
+  int64_t sinks_stride, alibi_sb, alibi_sh;
+  const char* bias;
+  int32_t bias_dtype;
+  int64_t bias_s[4];
+  // The plan (a function of the shapes alone, never of the number of threads).
+  int32_t block_rows;   // rows of a packed work item
+  int32_t direct_heads; // KV heads of a direct work item
+  int64_t split_keys;   // keys of a split, 0: no splitting
+};
+
+// One sequence of the batch.
+struct Sequence {
+  int64_t q0, k0;   // first row of q/out/lse and of k/v (ragged layouts; 0 otherwise)
+  int64_t Sq, Sk;
+  int64_t offset;   // key position of query 0
+};
+
+inline Sequence sequence(const AttentionParams& p, int64_t b) {
+  Sequence s{0, 0, p.Sq, p.Sk, 0};
+  if (p.ragged || p.paged) {
+    if (p.cu_q) {
+      s.q0 = p.cu_q[b * p.cu_q_stride];
+      s.Sq = p.cu_q[(b + 1) * p.cu_q_stride] - s.q0;
+    } else {
+      s.q0 = b * p.queries_per_seq;
+      s.Sq = p.queries_per_seq;
+    }
+    if (p.paged) {
+      s.Sk = p.seq_lens[b * p.seq_stride];
+    } else {
+      s.k0 = p.cu_k[b * p.cu_k_stride];
+      s.Sk = p.cu_k[(b + 1) * p.cu_k_stride] - s.k0;
+    }
+  }
+  s.offset = p.top_left ? 0 : s.Sk - s.Sq;
+  return s;
+}
+
+// Keys [lo, hi) that a query at index i of the sequence sees.
+struct KeyRange {
+  int64_t lo, hi;
+};
+inline KeyRange visible_keys(const AttentionParams& p, const Sequence& s, int64_t i) {
+  const int64_t pos = i + s.offset;
+  int64_t lo = p.window_left < 0 || pos - p.window_left < 0 ? 0 : pos - p.window_left;
+  int64_t hi = p.window_right < 0 || pos >= s.Sk - p.window_right ? s.Sk : pos + p.window_right + 1;
+  if (hi < 0) hi = 0;
+  if (lo > hi) lo = hi;
+  return {lo, hi};
+}
+
+struct AttentionItem {
+  int64_t b, hkv, heads;  // heads > 1 only for direct items: neighbours in memory are read as one stream
+  int64_t row0, rows;     // rows of each (sequence, KV head) this item computes
+  int64_t key0, key1;     // keys this item may look at (a split, or all)
+  float *partial_out, *partial_lse;  // fp32 [rows][Dv] and [rows] of the first head when the item is a split; else NULL
+  int64_t partial_step;   // rows between the partials of neighbouring heads
+};
+
+// Scratch of one worker, in floats; each part starts on a 64-byte boundary.
+struct AttentionScratch {
+  int64_t q, o, k, v, s, p16, m, l, lo, hi, rows, total;
+};
+// `rows`: query rows held at once, over all heads of the item.
+inline AttentionScratch attention_scratch(int D, int Dv, int rows, int key_tile) {
+  const int64_t R = (rows + kRowGroup - 1) / kRowGroup * kRowGroup, DP = (D + 31) / 32 * 32, VP = pad_dim(Dv);
+  AttentionScratch s{};
+  int64_t at = 0;
+  auto take = [&at](int64_t floats) {
+    const int64_t here = at;
+    at += (floats + 15) / 16 * 16;
+    return here;
+  };
+  s.q = take(R * DP);
+  s.o = take(R * VP);
+  s.k = take(DP * key_tile);
+  s.v = take(static_cast<int64_t>(key_tile) * VP);
+  s.s = take(kRowGroup * key_tile);
+  s.p16 = take(kRowGroup * key_tile / 2);
+  s.m = take(R);
+  s.l = take(R * kPad);
+  s.lo = take(R);
+  s.hi = take(R);
+  s.rows = take(key_tile * 2 * static_cast<int64_t>(sizeof(void*) / 4) * 2 + kMaxHeadDim);
+  s.total = at;
+  return s;
+}
+
+inline int attention_key_tile(int D, int Dv) { return D <= 64 && Dv <= 64 ? 128 : 64; }
+
+struct AttentionTable {
+  void (*item)(const AttentionParams&, const AttentionItem&, float* scratch);
+  // acc[0, n) += weight * x[0, n), acc fp32 with room for whole vectors; and out[0, n) = factor * acc[0, n).
+  void (*add_weighted)(float* acc, const char* x, int32_t dtype, int32_t n, float weight);
+  void (*store)(char* out, int32_t dtype, const float* acc, int32_t n, float factor);
+};
+
+#define FASTOPS_DECLARE_TABLE(isa) \
+  namespace isa {                  \
+  extern const AttentionTable attention_table; \
+  }
+FASTOPS_DECLARE_TABLE(scalar)
+#if defined(__x86_64__)
+FASTOPS_DECLARE_TABLE(avx2)
+FASTOPS_DECLARE_TABLE(avx512)
+FASTOPS_DECLARE_TABLE(avx512_bf16)
+FASTOPS_DECLARE_TABLE(amx)
+#endif
+#undef FASTOPS_DECLARE_TABLE
+
+}  // namespace fastops::cpu

@@ -1,0 +1,208 @@
+// The attention tile loop, once for every instruction set, K/V source and epilogue (FlashAttention-2, algorithm 1).
+//
+//   for each tile of keys          source.rows -> mode.prepare
+//     for each group of rows       mode.scores -> softmax_rows -> mode.accumulate
+//   epilogue                       normalise into out/lse, or emit a partial (O, LSE)
+#include "cpu/attention/attention_source.inl.h"
+// (order matters: each builds on the one before)
+#include "cpu/attention/attention_softmax.inl.h"
+// (modes need RowState)
+#include "cpu/attention/attention_modes.inl.h"
+
+namespace fastops::cpu::FASTOPS_ISA {
+namespace {
+
+// ---- epilogues -----------------------------------------------------------------------------------------------------
+
+template <class To>
+inline void store_scaled(To* dst, const float* src, int n, float factor) {
+  const vf f = vset(factor);
+  int d = 0;
+  for (; d + W <= n; d += W) vstore(dst + d, vmul(vload(src + d), f));
+  if (d < n) vstoren(dst + d, vmul(vloadn(src + d, n - d), f), n - d);
+}
+
+inline void store_row(char* out, int32_t dtype, int64_t at, const float* src, int n, float factor) {
+  if (dtype == 1) store_scaled(reinterpret_cast<float*>(out) + at, src, n, factor);
+  if (dtype == 2) store_scaled(reinterpret_cast<f16*>(out) + at, src, n, factor);
+  if (dtype == 3) store_scaled(reinterpret_cast<bf16*>(out) + at, src, n, factor);
+}
+
+// The factor that normalises a row and its LSE, from its maximum (natural units), sum and an optional sink logit.
+struct RowEnd {
+  float factor, lse;
+};
+inline RowEnd finish_row(float m, float l, const float* sink) {
+  if (sink == nullptr) {
+    if (l == 0.0f) return {0.0f, kNegInf};
+    return {1.0f / l, m + __builtin_logf(l)};
+  }
+  const float top = !(m <= *sink) ? m : *sink;  // a NaN maximum stays
+  if (top == kNegInf) return {0.0f, kNegInf};
+  const float mine = l == 0.0f ? 0.0f : __builtin_expf(m - top);
+  const float denom = l * mine + __builtin_expf(*sink - top);
+  return {mine / denom, top + __builtin_logf(denom)};
+}
+
+struct Normalise {
+  static void row(const AttentionParams& p, const AttentionItem& it, const Sequence& seq, int h, int64_t r,
+                  const float* o, float m, float l) {
+    const int64_t qi = seq.q0 + (it.row0 + r) / p.G, head = (it.hkv + h) * p.G + (it.row0 + r) % p.G;
+    const RowEnd e = finish_row(m, l, p.sinks ? p.sinks + head * p.sinks_stride : nullptr);
+    store_row(p.out, p.out_dtype, it.b * p.o_sb + qi * p.o_ss + head * p.o_sh, o, p.Dv, e.factor);
+    if (p.lse) p.lse[it.b * p.lse_sb + head * p.lse_sh + qi * p.lse_ss] = e.lse;
+  }
+};
+
+struct Partial {
+  static void row(const AttentionParams& p, const AttentionItem& it, const Sequence&, int h, int64_t r, const float* o,
+                  float m, float l) {
+    const RowEnd e = finish_row(m, l, nullptr);  // the sink joins at the merge
+    const int64_t slot = h * it.partial_step + r;
+    store_scaled(it.partial_out + slot * p.Dv, o, p.Dv, e.factor);
+    it.partial_lse[slot] = e.lse;
+  }
+};
+
+// ---- the loop ------------------------------------------------------------------------------------------------------
+
+template <class Mode, class Source, class Epilogue, bool kGeneral>
+void tile_loop(const AttentionParams& p, const AttentionItem& it, const Sequence& seq, float* scratch) {
+  using T = typename Source::Elem;
+  Work<T> w(p, it, scratch);
+  const Source source(p, it, seq);
+  const int32_t *lo = w.st.lo, *hi = w.st.hi;
+
+  // Visible keys of each row, within this item's split. Both ends grow with the row.
+  int64_t first = it.key1, last = it.key0;
+  for (int r = 0; r < w.rows; ++r) {
+    KeyRange v = visible_keys(p, seq, (it.row0 + r) / p.G);
+    if (v.lo < it.key0) v.lo = it.key0;
+    if (v.hi > it.key1) v.hi = it.key1;
+    if (v.hi < it.key0) v.hi = it.key0;
+    if (v.lo > v.hi) v.lo = v.hi;
+    w.st.lo[r] = static_cast<int32_t>(v.lo);
+    w.st.hi[r] = static_cast<int32_t>(v.hi);
+    if (v.lo < v.hi) {
+      if (v.lo < first) first = v.lo;
+      if (v.hi > last) last = v.hi;
+    }
+  }
+  const auto all = static_cast<size_t>(w.rows * w.heads);
+  for (size_t r = 0; r < all; ++r) w.st.m[r] = kNegInf;
+  std::memset(w.st.l, 0, sizeof(float) * kPad * all);
+  std::memset(w.st.o, 0, sizeof(float) * static_cast<size_t>(w.VP) * all);
+
+  Mode mode(w);
+  for (int h = 0; h < w.heads; ++h) load_q_rows(p, it, seq, w, h);
+  const auto run_length = [&](int64_t key) { return static_cast<int>(last - key < w.tile ? last - key : w.tile); };
+  if (first < last) source.rows(first, run_length(first), w.kr + w.tile, w.vr + w.tile);
+  for (int64_t key = first; key < last; key += w.tile) {
+    const int n = run_length(key), next = run_length(key + n);
+    for (int j = 0; j < n; ++j) {
+      w.kr[j] = w.kr[w.tile + j];
+      w.vr[j] = w.vr[w.tile + j];
+    }
+    source.rows(key + n, next, w.kr + w.tile, w.vr + w.tile);
+    mode.prepare(n, next);
+    for (int h = 0; h < w.heads; ++h) {
+      RowState st = w.state(h);
+      for (int r0 = 0; r0 < w.rows; r0 += Mode::kRows) {
+        const int rows = w.rows - r0 < Mode::kRows ? w.rows - r0 : Mode::kRows, r1 = r0 + rows - 1;
+        if (hi[r1] <= key || lo[r0] >= key + n) continue;
+        const int seen = hi[r1] - key < n ? static_cast<int>(hi[r1] - key) : n;
+        ScoreTile t{w.s, w.BK, w.p16, w.BK / 2, key, seen, lo[r1] > key || hi[r0] < key + seen};
+        mode.scores(h, r0, rows, seen);
+        softmax_rows<kGeneral, kExpDegree<T>, Mode::kBf16P>(p, it, it.hkv + h, seq, st, r0, rows, t);
+        if ((t.masked || p.bias) && !mode.v_finite(h, seen)) {
+          accumulate_seen<T, Mode::kBf16P>(w, st, h, r0, rows, seen);
+        } else {
+          mode.accumulate(st, h, r0, rows, seen);
+        }
+      }
+    }
+  }
+  for (int h = 0; h < w.heads; ++h) {
+    const RowState st = w.state(h);
+    for (int r = 0; r < w.rows; ++r) {
+      const float m = kGeneral ? st.m[r] : st.m[r] * p.scale;
+      Epilogue::row(p, it, seq, h, r, st.o + static_cast<int64_t>(r) * w.VP, m, vsum(vload(st.l + r * kPad)));
+    }
+  }
+}
+
+// ---- choice of instantiation ---------------------------------------------------------------------------------------
+
+template <class Mode, class Source, class Epilogue>
+void run_general(const AttentionParams& p, const AttentionItem& it, const Sequence& s, float* scratch) {
+  if (p.softcap > 0.0f || p.bias || p.alibi || !(p.scale > 0.0f)) {
+    tile_loop<Mode, Source, Epilogue, true>(p, it, s, scratch);
+  } else {
+    tile_loop<Mode, Source, Epilogue, false>(p, it, s, scratch);
+  }
+}
+
+template <class Mode, class Source>
+void run_epilogue(const AttentionParams& p, const AttentionItem& it, const Sequence& s, float* scratch) {
+  if (it.partial_out) {
+    run_general<Mode, Source, Partial>(p, it, s, scratch);
+  } else {
+    run_general<Mode, Source, Normalise>(p, it, s, scratch);
+  }
+}
+
+template <class Source>
+void run_mode(const AttentionParams& p, const AttentionItem& it, const Sequence& s, float* scratch) {
+  using T = typename Source::Elem;
+  if (it.rows <= kDirectRows) {
+    run_epilogue<Direct<T>, Source>(p, it, s, scratch);
+  } else {
+    run_epilogue<Packed<T>, Source>(p, it, s, scratch);
+  }
+}
+
+template <class T>
+void run_source(const AttentionParams& p, const AttentionItem& it, const Sequence& s, float* scratch) {
+  if (p.paged) {
+    run_mode<PagedSource<T>>(p, it, s, scratch);
+  } else {
+    run_mode<DenseSource<T>>(p, it, s, scratch);
+  }
+}
+
+void attention_item(const AttentionParams& p, const AttentionItem& it, float* scratch) {
+  const Sequence s = sequence(p, it.b);
+#if defined(FASTOPS_HAS_AMX)
+  const TileScope tiles;
+#endif
+  if (p.dtype == 1) run_source<float>(p, it, s, scratch);
+  if (p.dtype == 2) run_source<f16>(p, it, s, scratch);
+  if (p.dtype == 3) run_source<bf16>(p, it, s, scratch);
+}
+
+// ---- pieces of merging (merge.h) -------------------------------------------------------------------------------------
+
+template <class T>
+void add_weighted_as(float* acc, const T* x, int n, float weight) {
+  const vf wv = vset(weight);
+  int d = 0;
+  for (; d + W <= n; d += W) vstore(acc + d, vfma(wv, vload(x + d), vload(acc + d)));
+  if (d < n) vstore(acc + d, vfma(wv, vloadn(x + d, n - d), vload(acc + d)));
+}
+
+void add_weighted(float* acc, const char* x, int32_t dtype, int32_t n, float weight) {
+  if (dtype == 1) add_weighted_as(acc, reinterpret_cast<const float*>(x), n, weight);
+  if (dtype == 2) add_weighted_as(acc, reinterpret_cast<const f16*>(x), n, weight);
+  if (dtype == 3) add_weighted_as(acc, reinterpret_cast<const bf16*>(x), n, weight);
+}
+
+void store_merged(char* out, int32_t dtype, const float* acc, int32_t n, float factor) {
+  store_row(out, dtype, 0, acc, n, factor);
+}
+
+}  // namespace
+
+extern const AttentionTable attention_table;
+const AttentionTable attention_table = {&attention_item, &add_weighted, &store_merged};
+
+}  // namespace fastops::cpu::FASTOPS_ISA

@@ -1,0 +1,5 @@
+// Closes what a begin_<isa>.h opened.
+#pragma GCC pop_options
+#undef FASTOPS_ISA
+#undef FASTOPS_HAS_BF16_DOT
+#undef FASTOPS_HAS_AMX

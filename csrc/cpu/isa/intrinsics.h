@@ -1,0 +1,12 @@
+// Everything a kernel may include, taken in before a target region begins, so that no library code is compiled for an
+// instruction set the machine may lack (docs/design/002-isa.md).
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+#endif
+
+#include "core/dtype.h"

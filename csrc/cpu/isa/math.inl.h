@@ -1,0 +1,54 @@
+// exp2 and tanh over the vocabulary: polynomials, no table, the same in every variant.
+namespace fastops::cpu::FASTOPS_ISA {
+namespace {
+
+constexpr float kLog2e = 1.44269504088896341f;
+constexpr float kLn2 = 0.693147180559945309f;
+
+// 2^x for x <= 127; x below -127 (and -inf) gives exactly 0, NaN gives NaN.
+// Range reduction x = n + f, |f| <= 1/2 and a minimax polynomial for 2^f (the software exp of FlashAttention-4, section
+// 3.2 there, in the degree each caller's rounding hides). Relative error: degree 3 8.1e-5, 4 2.8e-6, 6 2.0e-9.
+template <int kDegree>
+inline vf vexp2(vf x) {
+  static_assert(kDegree == 3 || kDegree == 4 || kDegree == 6, "no coefficients for this degree");
+  x = vmax(vset(-127.0f), x);  // second operand: a NaN passes through
+  const vf n = vround(x);
+  const vf f = vsub(x, n);
+  vf p;
+  if constexpr (kDegree == 3) {
+    p = vfma(vset(0.0558382829462f), f, vset(0.242639478546f));
+    p = vfma(p, f, vset(0.693136733884f));
+    p = vfma(p, f, vset(0.999924556951f));
+  } else if constexpr (kDegree == 4) {
+    p = vfma(vset(0.00966636851539f), f, vset(0.0559219758423f));
+    p = vfma(p, f, vset(0.24022349038f));
+    p = vfma(p, f, vset(0.693121045203f));
+    p = vfma(p, f, vset(1.0f));
+  } else {
+    p = vfma(vset(0.000154614446986f), f, vset(0.00134004281776f));
+    p = vfma(p, f, vset(0.00961805667852f));
+    p = vfma(p, f, vset(0.0555032722667f));
+    p = vfma(p, f, vset(0.240226509223f));
+    p = vfma(p, f, vset(0.693147206703f));
+    p = vfma(p, f, vset(1.0f));
+  }
+  const vf y = vldexp(p, n);
+  // Variants that build 2^n in the exponent field already give 0 at n = -127; scalef would give a subnormal.
+  return vkeep_ge(y, x, -126.5f);
+}
+
+// tanh(x) = 1 - 2 / (exp(2x) + 1), and x - x^3/3 + 2x^5/15 - 17x^7/315 near 0 where that would cancel.
+// Absolute error below 3e-7.
+inline vf vtanh(vf x) {
+  const vf t = vmax(vset(-20.0f), vmin(vset(20.0f), x));
+  const vf e = vexp2<6>(vmul(t, vset(2.0f * kLog2e)));
+  const vf big = vsub(vset(1.0f), vdiv(vset(2.0f), vadd(e, vset(1.0f))));
+  const vf x2 = vmul(t, t);
+  vf p = vfma(vset(-17.0f / 315.0f), x2, vset(2.0f / 15.0f));
+  p = vfma(p, x2, vset(-1.0f / 3.0f));
+  const vf small = vfma(vmul(vmul(p, x2), t), vset(1.0f), t);
+  return vselect_gt(vset(0.15f), vabs(t), small, big);
+}
+
+}  // namespace
+}  // namespace fastops::cpu::FASTOPS_ISA

@@ -1,0 +1,106 @@
+// AVX-512 (F, BW, DQ, VL) vocabulary: sixteen lanes.
+//
+// vloadn / vstoren touch only the first n elements (0 <= n <= W; absent lanes read as zero); vkeep puts `other` in the
+// lanes outside [lo, hi); vmax and vmin return their second argument where either is a NaN (so does x86).
+namespace fastops::cpu::FASTOPS_ISA {
+namespace {
+
+constexpr int W = 16;
+using vf = __m512;
+
+inline __mmask16 vfirst(int n) { return static_cast<__mmask16>(n >= W ? 0xffffu : (n <= 0 ? 0u : (1u << n) - 1u)); }
+inline vf vset(float x) { return _mm512_set1_ps(x); }
+inline vf vzero() { return _mm512_setzero_ps(); }
+inline vf vload(const float* p) { return _mm512_loadu_ps(p); }
+inline vf vload(const f16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+inline vf vwiden_bf16(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
+inline vf vload(const bf16* p) { return vwiden_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+inline vf vloadn(const float* p, int n) { return _mm512_maskz_loadu_ps(vfirst(n), p); }
+inline vf vloadn(const f16* p, int n) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(vfirst(n), p)); }
+inline vf vloadn(const bf16* p, int n) { return vwiden_bf16(_mm256_maskz_loadu_epi16(vfirst(n), p)); }
+inline __m256i vnarrow_bf16(vf x) {
+  const __m512i u = _mm512_castps_si512(x);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+  const __mmask16 isnan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  const __m512i y = _mm512_mask_or_epi32(rounded, isnan, _mm512_srli_epi32(u, 16), _mm512_set1_epi32(0x40));
+  return _mm512_cvtepi32_epi16(y);
+}
+inline void vstore(float* p, vf x) { _mm512_storeu_ps(p, x); }
+inline void vstore(f16* p, vf x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
+inline void vstore(bf16* p, vf x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), vnarrow_bf16(x)); }
+inline void vstoren(float* p, vf x, int n) { _mm512_mask_storeu_ps(p, vfirst(n), x); }
+inline void vstoren(f16* p, vf x, int n) { _mm256_mask_storeu_epi16(p, vfirst(n), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
+inline void vstoren(bf16* p, vf x, int n) { _mm256_mask_storeu_epi16(p, vfirst(n), vnarrow_bf16(x)); }
+inline vf vadd(vf a, vf b) { return _mm512_add_ps(a, b); }
+inline vf vsub(vf a, vf b) { return _mm512_sub_ps(a, b); }
+inline vf vmul(vf a, vf b) { return _mm512_mul_ps(a, b); }
+inline vf vdiv(vf a, vf b) { return _mm512_div_ps(a, b); }
+inline vf vfma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+inline vf vmax(vf a, vf b) { return _mm512_max_ps(a, b); }
+inline vf vmin(vf a, vf b) { return _mm512_min_ps(a, b); }
+inline vf vabs(vf a) { return _mm512_abs_ps(a); }
+inline vf vround(vf x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline vf vldexp(vf p, vf n) { return _mm512_scalef_ps(p, n); }
+// y where x >= lo (a NaN x counts), else 0.
+inline vf vkeep_ge(vf y, vf x, float lo) {
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(lo), _CMP_NLT_UQ), y);
+}
+inline vf vselect_gt(vf a, vf b, vf yes, vf no) {
+  return _mm512_mask_mov_ps(no, _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), yes);
+}
+inline float vsum(vf x) { return _mm512_reduce_add_ps(x); }
+inline float vhmax(vf x) { return _mm512_reduce_max_ps(x); }
+inline vf vlanes() { return _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
+inline vf vkeep(vf x, int lo, int hi, float other) {
+  return _mm512_mask_mov_ps(_mm512_set1_ps(other), static_cast<__mmask16>(vfirst(hi) & ~vfirst(lo)), x);
+}
+inline bool vall_finite(vf x) {
+  const vf z = _mm512_sub_ps(x, x);
+  return _mm512_cmp_ps_mask(z, z, _CMP_UNORD_Q) == 0;
+}
+inline void vtranspose(vf r[W]) {
+  vf t[W];
+  for (int i = 0; i < W; i += 2) {
+    t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < W; i += 4) {
+    r[i] = _mm512_shuffle_ps(t[i], t[i + 2], 0x44);
+    r[i + 1] = _mm512_shuffle_ps(t[i], t[i + 2], 0xee);
+    r[i + 2] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    r[i + 3] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+  }
+  // Now 4x4 blocks are transposed; exchange 128-bit lanes between the four groups of rows.
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[i] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88);
+    r[i + 8] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd);
+    r[i + 4] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0x88);
+    r[i + 12] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0xdd);
+  }
+}
+// Lane i of the result is the sum of a[i]: a transposition that adds at every step, 30 shuffles instead of 64.
+inline vf vreduce(const vf a[W]) {
+  vf b[8], c[4], d[2];
+  for (int i = 0; i < 8; ++i) {  // halves within 128-bit lanes: rows 2i, 2i+1
+    b[i] = _mm512_add_ps(_mm512_unpacklo_ps(a[2 * i], a[2 * i + 1]), _mm512_unpackhi_ps(a[2 * i], a[2 * i + 1]));
+  }
+  for (int i = 0; i < 4; ++i) {  // each lane now holds the four partial sums of rows 4i..4i+3
+    c[i] = _mm512_add_ps(_mm512_shuffle_ps(b[2 * i], b[2 * i + 1], 0x44), _mm512_shuffle_ps(b[2 * i], b[2 * i + 1], 0xee));
+  }
+  for (int i = 0; i < 2; ++i) {
+    d[i] = _mm512_add_ps(_mm512_shuffle_f32x4(c[2 * i], c[2 * i + 1], 0x88),
+                         _mm512_shuffle_f32x4(c[2 * i], c[2 * i + 1], 0xdd));
+  }
+  return _mm512_add_ps(_mm512_shuffle_f32x4(d[0], d[1], 0x88), _mm512_shuffle_f32x4(d[0], d[1], 0xdd));
+}
+inline void vprefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+}  // namespace
+}  // namespace fastops::cpu::FASTOPS_ISA
