@@ -112,7 +112,7 @@ inline AttentionScratch attention_scratch(int D, int Dv, int rows, int key_tile)
   s.o = take(R * VP);
   s.k = take(DP * key_tile);
   s.v = take(static_cast<int64_t>(key_tile) * VP);
-  s.s = take(kRowGroup * key_tile);
+  s.s = take((rows <= kDirectRows * kDirectHeads ? kDirectRows * kDirectHeads : kRowGroup) * key_tile);
   s.p16 = take(kRowGroup * key_tile / 2);
   s.m = take(R);
   s.l = take(R * kPad);

@@ -105,20 +105,21 @@ void tile_loop(const AttentionParams& p, const AttentionItem& it, const Sequence
     }
     source.rows(key + n, next, w.kr + w.tile, w.vr + w.tile);
     mode.prepare(n, next);
-    for (int h = 0; h < w.heads; ++h) {
-      RowState st = w.state(h);
-      for (int r0 = 0; r0 < w.rows; r0 += Mode::kRows) {
-        const int rows = w.rows - r0 < Mode::kRows ? w.rows - r0 : Mode::kRows, r1 = r0 + rows - 1;
-        if (hi[r1] <= key || lo[r0] >= key + n) continue;
-        const int seen = hi[r1] - key < n ? static_cast<int>(hi[r1] - key) : n;
-        ScoreTile t{w.s, w.BK, w.p16, w.BK / 2, key, seen, lo[r1] > key || hi[r0] < key + seen};
-        mode.scores(h, r0, rows, seen);
+    for (int r0 = 0; r0 < w.rows; r0 += Mode::kRows) {
+      const int rows = w.rows - r0 < Mode::kRows ? w.rows - r0 : Mode::kRows, r1 = r0 + rows - 1;
+      if (hi[r1] <= key || lo[r0] >= key + n) continue;
+      const int seen = hi[r1] - key < n ? static_cast<int>(hi[r1] - key) : n;
+      const bool masked = lo[r1] > key || hi[r0] < key + seen;
+      mode.scores(r0, rows, seen);
+      for (int h = 0; h < w.heads; ++h) {
+        RowState st = w.state(h);
+        ScoreTile t{w.s + h * rows * w.BK, w.BK, w.p16, w.BK / 2, key, seen, masked};
         softmax_rows<kGeneral, kExpDegree<T>, Mode::kBf16P>(p, it, it.hkv + h, seq, st, r0, rows, t);
-        if ((t.masked || p.bias) && !mode.v_finite(h, seen)) {
-          accumulate_seen<T, Mode::kBf16P>(w, st, h, r0, rows, seen);
-        } else {
-          mode.accumulate(st, h, r0, rows, seen);
-        }
+      }
+      if ((masked || p.bias) && !mode.v_finite(seen)) {
+        for (int h = 0; h < w.heads; ++h) accumulate_seen<T, Mode::kBf16P>(w, h, r0, rows, seen);
+      } else {
+        mode.accumulate(r0, rows, seen);
       }
     }
   }

@@ -97,10 +97,10 @@ void load_q_rows(const AttentionParams& p, const AttentionItem& it, const Sequen
 // Where a tile is masked for some rows and V holds an inf or NaN, the zero probabilities of unseen keys must not
 // multiply it: add key by key, skipping those.
 template <class T, bool kBf16P>
-__attribute__((noinline)) void accumulate_seen(Work<T>& w, RowState& st, int h, int r0, int rows, int n) {
+__attribute__((noinline)) void accumulate_seen(Work<T>& w, int h, int r0, int rows, int n) {
   for (int i = 0; i < rows; ++i) {
-    float* o = st.o + static_cast<int64_t>(r0 + i) * w.VP;
-    const float* pr = kBf16P ? w.p16 + i * (w.BK / 2) : w.s + i * w.BK;
+    float* o = w.st.o + static_cast<int64_t>(h * w.rows + r0 + i) * w.VP;
+    const float* pr = kBf16P ? w.p16 + i * (w.BK / 2) : w.s + (h * rows + i) * w.BK;
     for (int j = 0; j < n; ++j) {
       const float pj = kBf16P ? to_f32(reinterpret_cast<const bf16*>(pr)[j]) : pr[j];
       if (pj == 0.0f) continue;
@@ -198,22 +198,22 @@ struct Packed {
     pack_k(n);
     pack_v(n);
   }
-  bool v_finite(int, int) const { return v_is_finite; }
+  bool v_finite(int) const { return v_is_finite; }
 
-  void scores(int, int r0, int rows, int n) {
+  void scores(int r0, int rows, int n) {
     const int cols = (n + W - 1) / W * W;
     gemm<Dot>(w.q + r0 * w.ldq, w.ldq, w.k, w.BK, w.s, w.BK, rows, cols, w.depth, false);
   }
-  void accumulate(RowState& st, int, int r0, int rows, int n) {
+  void accumulate(int r0, int rows, int n) {
     const int cols = (w.Dv + W - 1) / W * W, units = value_units(n);
     if constexpr (kDot16<T>) {
 #if defined(FASTOPS_HAS_AMX)
       if (n % 32 != 0 && n % 32 <= 16)  // softmax wrote whole vectors of 16 keys; a tile row holds 32
         for (int i = 0; i < rows; ++i) std::memset(w.p16 + i * (w.BK / 2) + units - 8, 0, 32);
 #endif
-      gemm<Dot>(w.p16, w.BK / 2, w.v, w.VP, st.o + static_cast<int64_t>(r0) * w.VP, w.VP, rows, cols, units, true);
+      gemm<Dot>(w.p16, w.BK / 2, w.v, w.VP, w.st.o + static_cast<int64_t>(r0) * w.VP, w.VP, rows, cols, units, true);
     } else {
-      gemm<Dot>(w.s, w.BK, w.v, w.VP, st.o + static_cast<int64_t>(r0) * w.VP, w.VP, rows, cols, units, true);
+      gemm<Dot>(w.s, w.BK, w.v, w.VP, w.st.o + static_cast<int64_t>(r0) * w.VP, w.VP, rows, cols, units, true);
     }
   }
 
@@ -235,124 +235,170 @@ struct Packed {
 
 // ---- Direct ------------------------------------------------------------------------------------------------------
 
-// Asks for the rows of the next tile a few cache lines at a time, in memory order, while this tile is worked on.
+// Asks for rows a few cache lines at a time, in memory order.
 struct RowStream {
   const char* const* rows;
-  int64_t row_bytes;
-  int count, row = 0;
-  int64_t at = 0;
-  void step(int lines) {
-    for (; lines > 0 && row < count; --lines) {
-      vprefetch(rows[row] + at);
-      at += 64;
-      if (at >= row_bytes) {
-        at = 0;
+  int row_lines, count;
+  int row = 0, line = 0;
+  FASTOPS_INLINE void step(int lines) {
+    while (lines > 0 && row < count) {
+      const int n = row_lines - line < lines ? row_lines - line : lines;
+      const char* p = rows[row] + line * 64;
+      for (int i = 0; i < n; ++i) vprefetch(p + i * 64);
+      lines -= n;
+      line += n;
+      if (line == row_lines) {
+        line = 0;
         ++row;
       }
     }
   }
 };
 
-// Reading at memory speed takes one linear stream. In the [B,S,H,D] layout the rows of one head lie a page apart (two
-// thirds of that speed, whatever is prefetched), so an item holds neighbouring heads, and each head's share of the work
-// on this tile asks for a share of the next tile in memory order: the tile is in L2 when its turn comes.
+// Memory delivers its full speed to one linear stream. In the [B,S,H,D] layout the rows of one head lie a page apart
+// (two thirds of that speed, whatever is prefetched), so an item holds neighbouring heads and takes a few keys of all of
+// them at a time, while the next few keys are on their way to L1 (docs/design/003-cpu-attention.md).
 template <class T>
 struct Direct {
   static constexpr bool kBf16P = false;
   static constexpr int kRows = kDirectRows;
   Work<T>& w;
-  RowStream next_k{}, next_v{};
+  int block;  // keys taken together
+  int next = 0;
+  RowStream ahead{};
 
   explicit Direct(Work<T>& work) : w(work) {
     const int row_bytes = w.heads * static_cast<int>(sizeof(T)) * (w.D > w.Dv ? w.D : w.Dv);
-    const int keys = 65536 / row_bytes / 16 * 16;
-    w.tile = keys < 16 ? 16 : keys < w.BK ? keys : w.BK;
+    const int step = w.heads == 1 ? W : kStep, keys = 8192 / row_bytes / step * step;
+    block = keys < step ? step : keys < w.BK ? keys : w.BK;
+    const int tile = 65536 / row_bytes / 16 * 16;
+    w.tile = tile < 32 ? 32 : tile < w.BK ? tile : w.BK;
+  }
+  static constexpr int kStep = W / 4;  // keys of a dot-product block that takes four rows or heads
+
+  static int lines(int64_t elems) { return static_cast<int>((elems * static_cast<int64_t>(sizeof(T)) + 63) / 64); }
+
+  // What to ask for while keys up to j of n are worked on: the keys behind them, then the first of `then`.
+  void look_ahead(const T* const* rows, int j, int n, const T* const* then, int then_n, int64_t head_step, int dim) {
+    const bool same = j < n;
+    const int left = same ? n - j : then_n;
+    ahead = {reinterpret_cast<const char* const*>(same ? rows + j : then), lines((w.heads - 1) * head_step + dim),
+             left < block ? left : block};
   }
 
-  void prepare(int n, int next) {
-    next_k = {reinterpret_cast<const char* const*>(w.kr + w.tile),
-              static_cast<int64_t>(sizeof(T)) * ((w.heads - 1) * w.k_step + w.D), next};
-    next_v = {reinterpret_cast<const char* const*>(w.vr + w.tile),
-              static_cast<int64_t>(sizeof(T)) * ((w.heads - 1) * w.v_step + w.Dv), next};
+  void prepare(int n, int next_n) {
+    next = next_n;
     for (int j = n; j < (n + W - 1) / W * W; ++j) w.kr[j] = w.kr[n - 1];  // their scores are masked away
   }
 
-  bool v_finite(int h, int n) const {
+  bool v_finite(int n) const {
     vf poison = vzero();
     for (int j = 0; j < n; ++j) {
-      const T* v = w.vr[j] + h * w.v_step;
-      for (int d = 0; d < w.Dv; d += W)
-        poison = vfma(w.Dv - d >= W ? vload(v + d) : vloadn(v + d, w.Dv - d), vzero(), poison);
+      for (int h = 0; h < w.heads; ++h) {
+        const T* v = w.vr[j] + h * w.v_step;
+        for (int d = 0; d < w.Dv; d += W)
+          poison = vfma(w.Dv - d >= W ? vload(v + d) : vloadn(v + d, w.Dv - d), vzero(), poison);
+      }
     }
     return vall_finite(poison);
   }
 
-  // RB rows x (W / RB) keys at once: W accumulators, whose W horizontal sums are taken together.
-  template <int RB>
-  void dots(int h, int r0, int n, bool first) {
-    constexpr int JB = W / RB;
+  // HB heads x RB rows x JB keys at once: up to W accumulators, whose horizontal sums are taken together.
+  template <int HB, int RB, int JB>
+  void dots(int h, int r0, int j0, int j1, int share) {
+    static_assert(HB * RB * JB <= W, "one accumulator per lane of the sums");
     const float* q = w.q + (static_cast<int64_t>(h) * w.rows + r0) * w.ldq;
-    const int lines = first ? (JB * w.D * static_cast<int>(sizeof(T)) + 63) / 64 : 0;
-    for (int j = 0; j < n; j += JB) {
-      next_k.step(lines);
+    float* s = w.s + (static_cast<int64_t>(h) * w.rows + r0) * w.BK;
+    const int64_t head_q = w.rows * w.ldq, head_s = static_cast<int64_t>(w.rows) * w.BK;
+    for (int j = j0; j < j1; j += JB) {
+      ahead.step(share * JB);
       vf acc[W];
       for (int i = 0; i < W; ++i) acc[i] = vzero();
-      const T* kr[JB];
-      for (int jj = 0; jj < JB; ++jj) kr[jj] = w.kr[j + jj] + h * w.k_step;
+      const T* kr[HB * JB];
+      for (int hh = 0; hh < HB; ++hh)
+        for (int jj = 0; jj < JB; ++jj) kr[hh * JB + jj] = w.kr[j + jj] + (h + hh) * w.k_step;
 #if defined(FASTOPS_HAS_BF16_DOT)
       if constexpr (kDot16<T>) {
         for (int d = 0; d < w.D; d += 32) {
           const __mmask32 m = w.D - d >= 32 ? 0xffffffffu : (1u << (w.D - d)) - 1u;
-          __m512i kv[JB];
-          for (int jj = 0; jj < JB; ++jj) kv[jj] = _mm512_maskz_loadu_epi16(m, kr[jj] + d);
-          for (int r = 0; r < RB; ++r) {
-            const __m512i qv = _mm512_loadu_si512(q + r * w.ldq + d / 2);
-            for (int jj = 0; jj < JB; ++jj)
-              acc[r * JB + jj] = _mm512_dpbf16_ps(acc[r * JB + jj], (__m512bh)qv, (__m512bh)kv[jj]);
+          for (int hh = 0; hh < HB; ++hh) {
+            __m512i kv[JB];
+            for (int jj = 0; jj < JB; ++jj) kv[jj] = _mm512_maskz_loadu_epi16(m, kr[hh * JB + jj] + d);
+            for (int r = 0; r < RB; ++r) {
+              const __m512i qv = _mm512_loadu_si512(q + hh * head_q + r * w.ldq + d / 2);
+              for (int jj = 0; jj < JB; ++jj) {
+                vf& a = acc[(hh * RB + r) * JB + jj];
+                a = _mm512_dpbf16_ps(a, (__m512bh)qv, (__m512bh)kv[jj]);
+              }
+            }
           }
         }
       } else
 #endif
       {
         int d = 0;
-        for (; d + W <= w.D; d += W) {
-          vf kv[JB];
-          for (int jj = 0; jj < JB; ++jj) kv[jj] = vload(kr[jj] + d);
-          for (int r = 0; r < RB; ++r) {
-            const vf qv = vload(q + r * w.ldq + d);
-            for (int jj = 0; jj < JB; ++jj) acc[r * JB + jj] = vfma(qv, kv[jj], acc[r * JB + jj]);
-          }
-        }
-        if (d < w.D) {
-          for (int jj = 0; jj < JB; ++jj) {
-            const vf kv = vloadn(kr[jj] + d, w.D - d);
-            for (int r = 0; r < RB; ++r) acc[r * JB + jj] = vfma(vload(q + r * w.ldq + d), kv, acc[r * JB + jj]);
-          }
-        }
+        for (; d + W <= w.D; d += W) dots_step<HB, RB, JB, true>(acc, kr, q, head_q, d);
+        if (d < w.D) dots_step<HB, RB, JB, false>(acc, kr, q, head_q, d);
       }
       float sums[W];
       vstore(sums, vreduce(acc));
-      for (int r = 0; r < RB; ++r) std::memcpy(w.s + (r0 + r) * w.BK + j, sums + r * JB, JB * sizeof(float));
+      for (int hh = 0; hh < HB; ++hh)
+        for (int r = 0; r < RB; ++r)
+          std::memcpy(s + hh * head_s + r * w.BK + j, sums + (hh * RB + r) * JB, JB * sizeof(float));
     }
   }
 
-  void scores(int h, int r0, int rows, int n) {
-    int i = r0;
-    for (; r0 + rows - i >= 4; i += 4) dots<4>(h, i, n, i == r0);
-    if (r0 + rows - i >= 2) {
-      dots<2>(h, i, n, i == r0);
-      i += 2;
+  template <int HB, int RB, int JB, bool kWhole>
+  FASTOPS_INLINE void dots_step(vf (&acc)[W], const T* const (&kr)[HB * JB], const float* q, int64_t head_q, int d) {
+    for (int hh = 0; hh < HB; ++hh) {
+      vf kv[JB];
+      for (int jj = 0; jj < JB; ++jj)
+        kv[jj] = kWhole ? vload(kr[hh * JB + jj] + d) : vloadn(kr[hh * JB + jj] + d, w.D - d);
+      for (int r = 0; r < RB; ++r) {
+        const vf qv = vload(q + hh * head_q + r * w.ldq + d);
+        for (int jj = 0; jj < JB; ++jj) acc[(hh * RB + r) * JB + jj] = vfma(qv, kv[jj], acc[(hh * RB + r) * JB + jj]);
+      }
     }
-    if (r0 + rows - i >= 1) dots<1>(h, i, n, i == r0);
+  }
+
+  // Rows [i, ...) of HB heads in groups of RB; the first group is the one that reads memory, so it looks ahead.
+  template <int HB, int RB, int JB>
+  int row_groups(int h, int i, int rows, int j, int end, int share) {
+    for (; rows - i >= RB; i += RB) dots<HB, RB, JB>(h, i, j, end, i == 0 ? share : 0);
+    return i;
+  }
+
+  void scores(int, int rows, int n) {
+    const int share = lines(w.D);
+    for (int j = 0; j < n; j += block) {
+      const int end = j + block < n ? j + block : n;
+      look_ahead(w.kr, end, n, w.vr, n, w.k_step, w.D);
+      if (w.heads == 1) {
+        int i = row_groups<1, 4, W / 4>(0, 0, rows, j, end, share);
+        i = row_groups<1, 2, W / 2>(0, i, rows, j, end, share);
+        row_groups<1, 1, W>(0, i, rows, j, end, share);
+        continue;
+      }
+      int h = 0;
+      if (rows == 1)
+        for (; h + 4 <= w.heads; h += 4) row_groups<4, 1, kStep>(h, 0, rows, j, end, 4 * share);
+      if (rows == 2)
+        for (; h + 2 <= w.heads; h += 2) row_groups<2, 2, kStep>(h, 0, rows, j, end, 2 * share);
+      for (; h < w.heads; ++h) {
+        int i = row_groups<1, 4, kStep>(h, 0, rows, j, end, share);
+        i = row_groups<1, 2, kStep>(h, i, rows, j, end, share);
+        row_groups<1, 1, kStep>(h, i, rows, j, end, share);
+      }
+    }
   }
 
   template <int RB, int NV>
-  void weigh(float* o, const float* s, int64_t at, int n, int lines) {
+  void weigh(float* o, const float* s, int64_t at, int j0, int j1, int share) {
     vf acc[RB][NV];
     for (int r = 0; r < RB; ++r)
       for (int c = 0; c < NV; ++c) acc[r][c] = vload(o + static_cast<int64_t>(r) * w.VP + c * W);
-    for (int j = 0; j < n; ++j) {
-      next_v.step(lines);
+    for (int j = j0; j < j1; ++j) {
+      ahead.step(share);
       const T* v = w.vr[j] + at;
       vf x[NV];
       for (int c = 0; c < NV; ++c) x[c] = vload(v + c * W);
@@ -366,18 +412,18 @@ struct Direct {
   }
 
   template <int RB>
-  void weigh_all(RowState& st, int h, int r0, int n, bool first) {
+  void weigh_all(int h, int r0, int j0, int j1, int share) {
     constexpr int NV = W == 16 ? 4 : 2;
-    float* o = st.o + static_cast<int64_t>(r0) * w.VP;
-    const float* s = w.s + r0 * w.BK;
-    const int64_t head = h * w.v_step;
-    int lines = first ? (w.Dv * static_cast<int>(sizeof(T)) + 63) / 64 : 0, d = 0;
-    for (; d + NV * W <= w.Dv; d += NV * W, lines = 0) weigh<RB, NV>(o + d, s, head + d, n, lines);
-    for (; d + W <= w.Dv; d += W, lines = 0) weigh<RB, 1>(o + d, s, head + d, n, lines);
+    const int64_t row = static_cast<int64_t>(h) * w.rows + r0, head = h * w.v_step;
+    float* o = w.st.o + row * w.VP;
+    const float* s = w.s + row * w.BK;
+    int d = 0;
+    for (; d + NV * W <= w.Dv; d += NV * W, share = 0) weigh<RB, NV>(o + d, s, head + d, j0, j1, share);
+    for (; d + W <= w.Dv; d += W, share = 0) weigh<RB, 1>(o + d, s, head + d, j0, j1, share);
     if (d < w.Dv) {
       vf acc[RB];
       for (int r = 0; r < RB; ++r) acc[r] = vload(o + static_cast<int64_t>(r) * w.VP + d);
-      for (int j = 0; j < n; ++j) {
+      for (int j = j0; j < j1; ++j) {
         const vf x = vloadn(w.vr[j] + head + d, w.Dv - d);
         for (int r = 0; r < RB; ++r) acc[r] = vfma(vset(s[r * w.BK + j]), x, acc[r]);
       }
@@ -385,14 +431,21 @@ struct Direct {
     }
   }
 
-  void accumulate(RowState& st, int h, int r0, int rows, int n) {
-    int i = r0;
-    for (; r0 + rows - i >= 4; i += 4) weigh_all<4>(st, h, i, n, i == r0);
-    if (r0 + rows - i >= 2) {
-      weigh_all<2>(st, h, i, n, i == r0);
-      i += 2;
+  void accumulate(int, int rows, int n) {
+    const int share = lines(w.Dv);
+    for (int j = 0; j < n; j += block) {
+      const int end = j + block < n ? j + block : n;
+      look_ahead(w.vr, end, n, w.kr + w.tile, next, w.v_step, w.Dv);
+      for (int h = 0; h < w.heads; ++h) {
+        int i = 0;
+        for (; rows - i >= 4; i += 4) weigh_all<4>(h, i, j, end, i == 0 ? share : 0);
+        if (rows - i >= 2) {
+          weigh_all<2>(h, i, j, end, i == 0 ? share : 0);
+          i += 2;
+        }
+        if (rows - i >= 1) weigh_all<1>(h, i, j, end, i == 0 ? share : 0);
+      }
     }
-    if (r0 + rows - i >= 1) weigh_all<1>(st, h, i, n, i == r0);
   }
 };
 

@@ -8,12 +8,12 @@ namespace fastops::cpu::FASTOPS_ISA {
 namespace {
 
 struct DotF32 {
-  static vf dot(const float* a, vf b, vf acc) { return vfma(vset(*a), b, acc); }
+  static FASTOPS_INLINE vf dot(const float* a, vf b, vf acc) { return vfma(vset(*a), b, acc); }
 };
 
 #if defined(FASTOPS_HAS_BF16_DOT)
 struct DotBf16 {
-  static vf dot(const float* a, vf b, vf acc) {
+  static FASTOPS_INLINE vf dot(const float* a, vf b, vf acc) {
     int32_t pair;
     std::memcpy(&pair, a, sizeof(pair));
     return _mm512_dpbf16_ps(acc, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)_mm512_castps_si512(b));
@@ -25,7 +25,7 @@ constexpr int kMR = 6;
 constexpr int kNV = W == 16 ? 4 : 2;
 
 template <class Dot, int MR, int NV>
-inline __attribute__((always_inline)) void gemm_block(const float* __restrict a, int64_t lda, const float* __restrict b,
+FASTOPS_INLINE void gemm_block(const float* __restrict a, int64_t lda, const float* __restrict b,
                                                       int64_t ldb, float* __restrict c, int64_t ldc, int K, bool add) {
   vf acc[MR][NV];
 #pragma GCC unroll 8

@@ -10,3 +10,6 @@
 #endif
 
 #include "core/dtype.h"
+
+// The vocabulary must vanish into its callers: a call would pass vectors through memory.
+#define FASTOPS_INLINE inline __attribute__((always_inline))

@@ -9,7 +9,7 @@ constexpr float kLn2 = 0.693147180559945309f;
 // Range reduction x = n + f, |f| <= 1/2 and a minimax polynomial for 2^f (the software exp of FlashAttention-4, section
 // 3.2 there, in the degree each caller's rounding hides). Relative error: degree 3 8.1e-5, 4 2.8e-6, 6 2.0e-9.
 template <int kDegree>
-inline vf vexp2(vf x) {
+FASTOPS_INLINE vf vexp2(vf x) {
   static_assert(kDegree == 3 || kDegree == 4 || kDegree == 6, "no coefficients for this degree");
   x = vmax(vset(-127.0f), x);  // second operand: a NaN passes through
   const vf n = vround(x);
@@ -39,7 +39,7 @@ inline vf vexp2(vf x) {
 
 // tanh(x) = 1 - 2 / (exp(2x) + 1), and x - x^3/3 + 2x^5/15 - 17x^7/315 near 0 where that would cancel.
 // Absolute error below 3e-7.
-inline vf vtanh(vf x) {
+FASTOPS_INLINE vf vtanh(vf x) {
   const vf t = vmax(vset(-20.0f), vmin(vset(20.0f), x));
   const vf e = vexp2<6>(vmul(t, vset(2.0f * kLog2e)));
   const vf big = vsub(vset(1.0f), vdiv(vset(2.0f), vadd(e, vset(1.0f))));

@@ -5,27 +5,27 @@ namespace {
 constexpr int W = 8;
 using vf = __m256;
 
-inline vf vset(float x) { return _mm256_set1_ps(x); }
-inline vf vzero() { return _mm256_setzero_ps(); }
-inline vf vload(const float* p) { return _mm256_loadu_ps(p); }
-inline vf vload(const f16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
-inline vf vload(const bf16* p) {
+FASTOPS_INLINE vf vset(float x) { return _mm256_set1_ps(x); }
+FASTOPS_INLINE vf vzero() { return _mm256_setzero_ps(); }
+FASTOPS_INLINE vf vload(const float* p) { return _mm256_loadu_ps(p); }
+FASTOPS_INLINE vf vload(const f16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+FASTOPS_INLINE vf vload(const bf16* p) {
   const __m256i x = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16));
 }
-inline __m256i vlane_ids() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
-inline __m256i vfirst(int n) { return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), vlane_ids()); }
-inline vf vloadn(const float* p, int n) { return _mm256_maskload_ps(p, vfirst(n)); }
+FASTOPS_INLINE __m256i vlane_ids() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
+FASTOPS_INLINE __m256i vfirst(int n) { return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), vlane_ids()); }
+FASTOPS_INLINE vf vloadn(const float* p, int n) { return _mm256_maskload_ps(p, vfirst(n)); }
 // AVX2 has no masked 16-bit load: a tail goes through the stack.
 template <class T>
-inline vf vloadn(const T* p, int n) {
+FASTOPS_INLINE vf vloadn(const T* p, int n) {
   T tmp[W] = {};
   std::memcpy(tmp, p, static_cast<size_t>(n) * sizeof(T));
   return vload(tmp);
 }
-inline void vstore(float* p, vf x) { _mm256_storeu_ps(p, x); }
-inline void vstore(f16* p, vf x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
-inline void vstore(bf16* p, vf x) {
+FASTOPS_INLINE void vstore(float* p, vf x) { _mm256_storeu_ps(p, x); }
+FASTOPS_INLINE void vstore(f16* p, vf x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
+FASTOPS_INLINE void vstore(bf16* p, vf x) {
   const __m256i u = _mm256_castps_si256(x);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
   const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
@@ -35,50 +35,50 @@ inline void vstore(bf16* p, vf x) {
   const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(y, y), 0x08);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
 }
-inline void vstoren(float* p, vf x, int n) { _mm256_maskstore_ps(p, vfirst(n), x); }
+FASTOPS_INLINE void vstoren(float* p, vf x, int n) { _mm256_maskstore_ps(p, vfirst(n), x); }
 template <class T>
-inline void vstoren(T* p, vf x, int n) {
+FASTOPS_INLINE void vstoren(T* p, vf x, int n) {
   T tmp[W];
   vstore(tmp, x);
   std::memcpy(p, tmp, static_cast<size_t>(n) * sizeof(T));
 }
-inline vf vadd(vf a, vf b) { return _mm256_add_ps(a, b); }
-inline vf vsub(vf a, vf b) { return _mm256_sub_ps(a, b); }
-inline vf vmul(vf a, vf b) { return _mm256_mul_ps(a, b); }
-inline vf vdiv(vf a, vf b) { return _mm256_div_ps(a, b); }
-inline vf vfma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
-inline vf vmax(vf a, vf b) { return _mm256_max_ps(a, b); }
-inline vf vmin(vf a, vf b) { return _mm256_min_ps(a, b); }
-inline vf vabs(vf a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
-inline vf vround(vf x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-inline vf vldexp(vf p, vf n) {
+FASTOPS_INLINE vf vadd(vf a, vf b) { return _mm256_add_ps(a, b); }
+FASTOPS_INLINE vf vsub(vf a, vf b) { return _mm256_sub_ps(a, b); }
+FASTOPS_INLINE vf vmul(vf a, vf b) { return _mm256_mul_ps(a, b); }
+FASTOPS_INLINE vf vdiv(vf a, vf b) { return _mm256_div_ps(a, b); }
+FASTOPS_INLINE vf vfma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
+FASTOPS_INLINE vf vmax(vf a, vf b) { return _mm256_max_ps(a, b); }
+FASTOPS_INLINE vf vmin(vf a, vf b) { return _mm256_min_ps(a, b); }
+FASTOPS_INLINE vf vabs(vf a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+FASTOPS_INLINE vf vround(vf x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+FASTOPS_INLINE vf vldexp(vf p, vf n) {
   const __m256i e = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
   return _mm256_mul_ps(p, _mm256_castsi256_ps(e));
 }
-inline vf vkeep_ge(vf y, vf x, float lo) {
+FASTOPS_INLINE vf vkeep_ge(vf y, vf x, float lo) {
   return _mm256_andnot_ps(_mm256_cmp_ps(x, _mm256_set1_ps(lo), _CMP_LT_OQ), y);
 }
-inline vf vselect_gt(vf a, vf b, vf yes, vf no) { return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_GT_OQ)); }
-inline float vsum(vf x) {
+FASTOPS_INLINE vf vselect_gt(vf a, vf b, vf yes, vf no) { return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_GT_OQ)); }
+FASTOPS_INLINE float vsum(vf x) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
-inline float vhmax(vf x) {
+FASTOPS_INLINE float vhmax(vf x) {
   __m128 s = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
   s = _mm_max_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
 }
-inline vf vlanes() { return _mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7); }
-inline vf vkeep(vf x, int lo, int hi, float other) {
+FASTOPS_INLINE vf vlanes() { return _mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7); }
+FASTOPS_INLINE vf vkeep(vf x, int lo, int hi, float other) {
   const __m256i keep = _mm256_andnot_si256(vfirst(lo), vfirst(hi));
   return _mm256_blendv_ps(_mm256_set1_ps(other), x, _mm256_castsi256_ps(keep));
 }
-inline bool vall_finite(vf x) {
+FASTOPS_INLINE bool vall_finite(vf x) {
   const vf z = _mm256_sub_ps(x, x);
   return _mm256_movemask_ps(_mm256_cmp_ps(z, z, _CMP_UNORD_Q)) == 0;
 }
-inline void vtranspose(vf r[W]) {
+FASTOPS_INLINE void vtranspose(vf r[W]) {
   vf t[W];
   for (int i = 0; i < W; i += 2) {
     t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
@@ -97,12 +97,12 @@ inline void vtranspose(vf r[W]) {
   }
 }
 // Lane i of the result is the sum of a[i].
-inline vf vreduce(const vf a[W]) {
+FASTOPS_INLINE vf vreduce(const vf a[W]) {
   const vf s0 = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
   const vf s1 = _mm256_hadd_ps(_mm256_hadd_ps(a[4], a[5]), _mm256_hadd_ps(a[6], a[7]));
   return _mm256_add_ps(_mm256_permute2f128_ps(s0, s1, 0x20), _mm256_permute2f128_ps(s0, s1, 0x31));
 }
-inline void vprefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+FASTOPS_INLINE void vprefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
 }  // namespace
 }  // namespace fastops::cpu::FASTOPS_ISA

@@ -8,17 +8,17 @@ namespace {
 constexpr int W = 16;
 using vf = __m512;
 
-inline __mmask16 vfirst(int n) { return static_cast<__mmask16>(n >= W ? 0xffffu : (n <= 0 ? 0u : (1u << n) - 1u)); }
-inline vf vset(float x) { return _mm512_set1_ps(x); }
-inline vf vzero() { return _mm512_setzero_ps(); }
-inline vf vload(const float* p) { return _mm512_loadu_ps(p); }
-inline vf vload(const f16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
-inline vf vwiden_bf16(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
-inline vf vload(const bf16* p) { return vwiden_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
-inline vf vloadn(const float* p, int n) { return _mm512_maskz_loadu_ps(vfirst(n), p); }
-inline vf vloadn(const f16* p, int n) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(vfirst(n), p)); }
-inline vf vloadn(const bf16* p, int n) { return vwiden_bf16(_mm256_maskz_loadu_epi16(vfirst(n), p)); }
-inline __m256i vnarrow_bf16(vf x) {
+FASTOPS_INLINE __mmask16 vfirst(int n) { return static_cast<__mmask16>(n >= W ? 0xffffu : (n <= 0 ? 0u : (1u << n) - 1u)); }
+FASTOPS_INLINE vf vset(float x) { return _mm512_set1_ps(x); }
+FASTOPS_INLINE vf vzero() { return _mm512_setzero_ps(); }
+FASTOPS_INLINE vf vload(const float* p) { return _mm512_loadu_ps(p); }
+FASTOPS_INLINE vf vload(const f16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+FASTOPS_INLINE vf vwiden_bf16(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
+FASTOPS_INLINE vf vload(const bf16* p) { return vwiden_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+FASTOPS_INLINE vf vloadn(const float* p, int n) { return _mm512_maskz_loadu_ps(vfirst(n), p); }
+FASTOPS_INLINE vf vloadn(const f16* p, int n) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(vfirst(n), p)); }
+FASTOPS_INLINE vf vloadn(const bf16* p, int n) { return vwiden_bf16(_mm256_maskz_loadu_epi16(vfirst(n), p)); }
+FASTOPS_INLINE __m256i vnarrow_bf16(vf x) {
   const __m512i u = _mm512_castps_si512(x);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
@@ -26,40 +26,40 @@ inline __m256i vnarrow_bf16(vf x) {
   const __m512i y = _mm512_mask_or_epi32(rounded, isnan, _mm512_srli_epi32(u, 16), _mm512_set1_epi32(0x40));
   return _mm512_cvtepi32_epi16(y);
 }
-inline void vstore(float* p, vf x) { _mm512_storeu_ps(p, x); }
-inline void vstore(f16* p, vf x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
-inline void vstore(bf16* p, vf x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), vnarrow_bf16(x)); }
-inline void vstoren(float* p, vf x, int n) { _mm512_mask_storeu_ps(p, vfirst(n), x); }
-inline void vstoren(f16* p, vf x, int n) { _mm256_mask_storeu_epi16(p, vfirst(n), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
-inline void vstoren(bf16* p, vf x, int n) { _mm256_mask_storeu_epi16(p, vfirst(n), vnarrow_bf16(x)); }
-inline vf vadd(vf a, vf b) { return _mm512_add_ps(a, b); }
-inline vf vsub(vf a, vf b) { return _mm512_sub_ps(a, b); }
-inline vf vmul(vf a, vf b) { return _mm512_mul_ps(a, b); }
-inline vf vdiv(vf a, vf b) { return _mm512_div_ps(a, b); }
-inline vf vfma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
-inline vf vmax(vf a, vf b) { return _mm512_max_ps(a, b); }
-inline vf vmin(vf a, vf b) { return _mm512_min_ps(a, b); }
-inline vf vabs(vf a) { return _mm512_abs_ps(a); }
-inline vf vround(vf x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-inline vf vldexp(vf p, vf n) { return _mm512_scalef_ps(p, n); }
+FASTOPS_INLINE void vstore(float* p, vf x) { _mm512_storeu_ps(p, x); }
+FASTOPS_INLINE void vstore(f16* p, vf x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
+FASTOPS_INLINE void vstore(bf16* p, vf x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), vnarrow_bf16(x)); }
+FASTOPS_INLINE void vstoren(float* p, vf x, int n) { _mm512_mask_storeu_ps(p, vfirst(n), x); }
+FASTOPS_INLINE void vstoren(f16* p, vf x, int n) { _mm256_mask_storeu_epi16(p, vfirst(n), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
+FASTOPS_INLINE void vstoren(bf16* p, vf x, int n) { _mm256_mask_storeu_epi16(p, vfirst(n), vnarrow_bf16(x)); }
+FASTOPS_INLINE vf vadd(vf a, vf b) { return _mm512_add_ps(a, b); }
+FASTOPS_INLINE vf vsub(vf a, vf b) { return _mm512_sub_ps(a, b); }
+FASTOPS_INLINE vf vmul(vf a, vf b) { return _mm512_mul_ps(a, b); }
+FASTOPS_INLINE vf vdiv(vf a, vf b) { return _mm512_div_ps(a, b); }
+FASTOPS_INLINE vf vfma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+FASTOPS_INLINE vf vmax(vf a, vf b) { return _mm512_max_ps(a, b); }
+FASTOPS_INLINE vf vmin(vf a, vf b) { return _mm512_min_ps(a, b); }
+FASTOPS_INLINE vf vabs(vf a) { return _mm512_abs_ps(a); }
+FASTOPS_INLINE vf vround(vf x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+FASTOPS_INLINE vf vldexp(vf p, vf n) { return _mm512_scalef_ps(p, n); }
 // y where x >= lo (a NaN x counts), else 0.
-inline vf vkeep_ge(vf y, vf x, float lo) {
+FASTOPS_INLINE vf vkeep_ge(vf y, vf x, float lo) {
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(lo), _CMP_NLT_UQ), y);
 }
-inline vf vselect_gt(vf a, vf b, vf yes, vf no) {
+FASTOPS_INLINE vf vselect_gt(vf a, vf b, vf yes, vf no) {
   return _mm512_mask_mov_ps(no, _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), yes);
 }
-inline float vsum(vf x) { return _mm512_reduce_add_ps(x); }
-inline float vhmax(vf x) { return _mm512_reduce_max_ps(x); }
-inline vf vlanes() { return _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
-inline vf vkeep(vf x, int lo, int hi, float other) {
+FASTOPS_INLINE float vsum(vf x) { return _mm512_reduce_add_ps(x); }
+FASTOPS_INLINE float vhmax(vf x) { return _mm512_reduce_max_ps(x); }
+FASTOPS_INLINE vf vlanes() { return _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
+FASTOPS_INLINE vf vkeep(vf x, int lo, int hi, float other) {
   return _mm512_mask_mov_ps(_mm512_set1_ps(other), static_cast<__mmask16>(vfirst(hi) & ~vfirst(lo)), x);
 }
-inline bool vall_finite(vf x) {
+FASTOPS_INLINE bool vall_finite(vf x) {
   const vf z = _mm512_sub_ps(x, x);
   return _mm512_cmp_ps_mask(z, z, _CMP_UNORD_Q) == 0;
 }
-inline void vtranspose(vf r[W]) {
+FASTOPS_INLINE void vtranspose(vf r[W]) {
   vf t[W];
   for (int i = 0; i < W; i += 2) {
     t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
@@ -86,7 +86,7 @@ inline void vtranspose(vf r[W]) {
   }
 }
 // Lane i of the result is the sum of a[i]: a transposition that adds at every step, 30 shuffles instead of 64.
-inline vf vreduce(const vf a[W]) {
+FASTOPS_INLINE vf vreduce(const vf a[W]) {
   vf b[8], c[4], d[2];
   for (int i = 0; i < 8; ++i) {  // halves within 128-bit lanes: rows 2i, 2i+1
     b[i] = _mm512_add_ps(_mm512_unpacklo_ps(a[2 * i], a[2 * i + 1]), _mm512_unpackhi_ps(a[2 * i], a[2 * i + 1]));
@@ -100,7 +100,7 @@ inline vf vreduce(const vf a[W]) {
   }
   return _mm512_add_ps(_mm512_shuffle_f32x4(d[0], d[1], 0x88), _mm512_shuffle_f32x4(d[0], d[1], 0xdd));
 }
-inline void vprefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+FASTOPS_INLINE void vprefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
 }  // namespace
 }  // namespace fastops::cpu::FASTOPS_ISA
