@@ -16,6 +16,7 @@ const AttentionTable& attention_table_for(Isa isa) {
 #if defined(__x86_64__)
   switch (isa) {
     case Isa::amx: return amx::attention_table;
+    case Isa::amx_emu: return amx_emu::attention_table;
     case Isa::avx512_bf16: return avx512_bf16::attention_table;
     case Isa::avx512: return avx512::attention_table;
     case Isa::avx2: return avx2::attention_table;
@@ -244,13 +245,17 @@ extern "C" fastops_status fastops_attention_fwd(const fastops_attention_desc* de
   AttentionParams p;
   const fastops_status status = check_attention(*desc, &p, env->message);
   if (status != FASTOPS_OK) return status;
-  Plan plan = make_plan(p, nullptr, nullptr);
+  if (const char* refusal = isa_refusal()) {
+    set_message(env->message, "%s", refusal);
+    return FASTOPS_ERR_UNSUPPORTED;
+  }
+  const Plan plan = make_plan(p, nullptr, nullptr);
   const int workers = workers_of(env, plan);
   const Layout at(p, plan, workers);
   if (static_cast<int64_t>(env->workspace_size) < at.total || env->workspace == nullptr) {
     set_message(env->message, "attention: workspace has %zu bytes, needs %lld", env->workspace_size,
                 static_cast<long long>(at.total));
-    return FASTOPS_ERR_VALUE;
+    return FASTOPS_ERR_WORKSPACE;
   }
   const Isa isa = active_isa();
   const AttentionTable& table = attention_table_for(isa);

@@ -174,7 +174,7 @@ void run_source(const AttentionParams& p, const AttentionItem& it, const Sequenc
 void attention_item(const AttentionParams& p, const AttentionItem& it, float* scratch) {
   const Sequence s = sequence(p, it.b);
 #if defined(FASTOPS_HAS_AMX)
-  const TileScope tiles;
+  [[maybe_unused]] const TileScope tiles;
 #endif
   if (p.dtype == 1) run_source<float>(p, it, s, scratch);
   if (p.dtype == 2) run_source<f16>(p, it, s, scratch);

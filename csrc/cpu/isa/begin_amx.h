@@ -8,3 +8,4 @@
 
 #include "cpu/isa/math.inl.h"
 #include "cpu/isa/gemm.inl.h"
+#include "cpu/isa/amx_tile.inl.h"

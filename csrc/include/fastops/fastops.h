@@ -36,7 +36,8 @@ typedef enum fastops_status {
   FASTOPS_ERR_VALUE = 1,       /* a shape, stride or value is wrong: Python raises ValueError */
   FASTOPS_ERR_TYPE = 2,        /* a dtype is wrong: Python raises TypeError */
   FASTOPS_ERR_UNSUPPORTED = 3, /* a right call that this build or machine cannot run: NotSupportedError */
-  FASTOPS_ERR_INTERNAL = 4     /* a bug in fastops */
+  FASTOPS_ERR_INTERNAL = 4,    /* a bug in fastops */
+  FASTOPS_ERR_WORKSPACE = 5    /* env->workspace is too small: ask fastops_*_workspace() and call again */
 } fastops_status;
 
 typedef enum fastops_dtype {
@@ -90,6 +91,8 @@ FASTOPS_API int fastops_isa_compiled(const char* name);
 FASTOPS_API int fastops_isa_supported(const char* name);
 /* The variant that calls will use, chosen once: the best compiled and supported one, or FASTOPS_ISA's. */
 FASTOPS_API const char* fastops_isa_active(void);
+/* Why FASTOPS_ISA's variant cannot be had (operators refuse to run then), or NULL. */
+FASTOPS_API const char* fastops_isa_refusal(void);
 /* Forces a variant for the whole process (NULL or "auto": back to automatic). FASTOPS_ERR_VALUE for an unknown name,
  * FASTOPS_ERR_UNSUPPORTED for one this build or machine lacks; the choice is unchanged then. */
 FASTOPS_API fastops_status fastops_isa_set(const char* name, char* message);
@@ -130,22 +133,6 @@ FASTOPS_API fastops_status fastops_attention_check(const fastops_attention_desc*
 FASTOPS_API fastops_status fastops_attention_workspace(const fastops_attention_desc* desc, const fastops_env* env,
                                                        size_t* bytes);
 FASTOPS_API fastops_status fastops_attention_fwd(const fastops_attention_desc* desc, fastops_env* env);
-
-/* Gradients for the dense and ragged layouts. fwd.out and fwd.lse hold the forward's results. */
-typedef struct fastops_attention_bwd_desc {
-  uint32_t struct_size;
-  int32_t reserved;
-  fastops_attention_desc fwd;
-  fastops_tensor dout;       /* like out */
-  fastops_tensor dlse;       /* optional, like lse: the gradient that reached the LSE */
-  fastops_tensor dq, dk, dv; /* like q, k, v */
-  fastops_tensor dsinks;     /* optional fp32 [Hq] */
-} fastops_attention_bwd_desc;
-
-FASTOPS_API fastops_status fastops_attention_bwd_check(const fastops_attention_bwd_desc* desc, char* message);
-FASTOPS_API fastops_status fastops_attention_bwd_workspace(const fastops_attention_bwd_desc* desc,
-                                                           const fastops_env* env, size_t* bytes);
-FASTOPS_API fastops_status fastops_attention_bwd(const fastops_attention_bwd_desc* desc, fastops_env* env);
 
 /* ---- merge_states -------------------------------------------------------------------------------------------- */
 

@@ -1,0 +1,192 @@
+#include "core/isa.h"
+
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+#include "core/status.h"
+#include "fastops/fastops.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+
+namespace fastops {
+namespace {
+
+constexpr int kCount = static_cast<int>(Isa::count);
+const char* const kNames[kCount] = {"scalar", "avx2", "avx512", "avx512_bf16", "amx_emu", "amx"};
+const char* const kBestFirst[kCount + 1] = {"amx", "avx512_bf16", "avx512", "avx2", "scalar", "amx_emu", nullptr};
+
+#if defined(__x86_64__)
+struct Features {
+  bool has[kCount] = {true, false, false, false, false, false};
+};
+
+uint64_t read_xcr0() {
+  uint32_t lo = 0, hi = 0;
+  __asm__ volatile("xgetbv" : "=a"(lo), "=d"(hi) : "c"(0));
+  return (static_cast<uint64_t>(hi) << 32) | lo;
+}
+
+// Linux gives a process the tile registers only when it asks (arch_prctl ARCH_REQ_XCOMP_PERM, XTILEDATA).
+bool request_tiles() {
+#if defined(__linux__)
+  constexpr long kArchReqXcompPerm = 0x1023, kXtileData = 18;
+  return syscall(SYS_arch_prctl, kArchReqXcompPerm, kXtileData) == 0;
+#else
+  return false;
+#endif
+}
+
+Features detect() {
+  Features f;
+  uint32_t a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid(1, &a, &b, &c, &d)) return f;
+  const bool osxsave = c & (1u << 27), fma = c & (1u << 12), f16c = c & (1u << 29);
+  if (!osxsave) return f;
+  const uint64_t xcr0 = read_xcr0();
+  const bool os_ymm = (xcr0 & 0x6) == 0x6, os_zmm = (xcr0 & 0xe6) == 0xe6, os_tiles = (xcr0 & 0x60000) == 0x60000;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return f;
+  const uint32_t leaf7_max = a;
+  const bool avx2 = b & (1u << 5);
+  const uint32_t avx512 = (1u << 16) | (1u << 17) | (1u << 30) | (1u << 31);  // F, DQ, BW, VL
+  const bool amx = (d & (1u << 24)) && (d & (1u << 22));                      // tiles, bf16
+  f.has[1] = os_ymm && avx2 && fma && f16c;
+  f.has[2] = f.has[1] && os_zmm && (b & avx512) == avx512;
+  bool bf16 = false;
+  if (leaf7_max >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) bf16 = a & (1u << 5);
+  f.has[3] = f.has[2] && bf16;
+  f.has[4] = f.has[3];
+  f.has[5] = f.has[3] && amx && os_tiles && request_tiles();
+  return f;
+}
+#endif
+
+int find(const char* name) {
+  for (int i = 0; i < kCount; ++i)
+    if (std::strcmp(kNames[i], name) == 0) return i;
+  return -1;
+}
+
+Isa best() {
+  for (int i = kCount - 1; i > 0; --i)
+    if (static_cast<Isa>(i) != Isa::amx_emu && isa_compiled(static_cast<Isa>(i)) && isa_supported(static_cast<Isa>(i))) return static_cast<Isa>(i);
+  return Isa::scalar;
+}
+
+std::atomic<int> g_active{-1};
+std::atomic<bool> g_chosen{false};  // by isa_set
+
+struct FromEnvironment {
+  Isa isa = Isa::scalar;
+  char refusal[FASTOPS_MESSAGE_SIZE] = "";
+  FromEnvironment() {
+    isa = best();
+    const char* name = std::getenv("FASTOPS_ISA");
+    if (name == nullptr || *name == '\0' || std::strcmp(name, "auto") == 0) return;
+    const int i = find(name);
+    if (i < 0) {
+      std::snprintf(refusal, sizeof refusal, "FASTOPS_ISA is '%.64s', known: auto, amx, avx512_bf16, avx512, avx2, scalar",
+                    name);
+    } else if (!isa_compiled(static_cast<Isa>(i)) || !isa_supported(static_cast<Isa>(i))) {
+      std::snprintf(refusal, sizeof refusal, "FASTOPS_ISA is '%s', which this %s lacks", name,
+                    isa_compiled(static_cast<Isa>(i)) ? "machine" : "build");
+    } else {
+      isa = static_cast<Isa>(i);
+    }
+  }
+};
+const FromEnvironment& environment() {
+  static const FromEnvironment once;
+  return once;
+}
+
+}  // namespace
+
+const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
+
+bool isa_compiled(Isa isa) {
+#if defined(__x86_64__)
+  return isa < Isa::count;
+#else
+  return isa == Isa::scalar;
+#endif
+}
+
+bool isa_supported(Isa isa) {
+#if defined(__x86_64__)
+  static const Features features = detect();
+  return features.has[static_cast<int>(isa)];
+#else
+  return isa == Isa::scalar;
+#endif
+}
+
+Isa active_isa() {
+  int i = g_active.load(std::memory_order_relaxed);
+  if (i < 0) {
+    i = static_cast<int>(environment().isa);
+    g_active.store(i, std::memory_order_relaxed);
+  }
+  return static_cast<Isa>(i);
+}
+
+const char* isa_refusal() {
+  return environment().refusal[0] && !g_chosen.load(std::memory_order_relaxed) ? environment().refusal : nullptr;
+}
+
+}  // namespace fastops
+
+using namespace fastops;
+
+extern "C" {
+
+#define FASTOPS_STR2(x) #x
+#define FASTOPS_STR(x) FASTOPS_STR2(x)
+const char* fastops_version(void) {
+  return FASTOPS_STR(FASTOPS_VERSION_MAJOR) "." FASTOPS_STR(FASTOPS_VERSION_MINOR) "." FASTOPS_STR(FASTOPS_VERSION_PATCH);
+}
+
+const char* const* fastops_isa_names(void) { return kBestFirst; }
+
+int fastops_isa_compiled(const char* name) {
+  const int i = find(name);
+  return i >= 0 && isa_compiled(static_cast<Isa>(i));
+}
+
+int fastops_isa_supported(const char* name) {
+  const int i = find(name);
+  return i >= 0 && isa_supported(static_cast<Isa>(i));
+}
+
+const char* fastops_isa_refusal(void) { return isa_refusal(); }
+
+const char* fastops_isa_active(void) { return isa_name(active_isa()); }
+
+fastops_status fastops_isa_set(const char* name, char* message) {
+  if (name == nullptr || std::strcmp(name, "auto") == 0) {
+    g_active.store(-1, std::memory_order_relaxed);
+    g_chosen.store(false, std::memory_order_relaxed);
+    return FASTOPS_OK;
+  }
+  const int i = find(name);
+  if (i < 0) {
+    set_message(message, "isa_set: '%.64s' is unknown, known: auto, amx, avx512_bf16, avx512, avx2, scalar", name);
+    return FASTOPS_ERR_VALUE;
+  }
+  const Isa isa = static_cast<Isa>(i);
+  if (!isa_compiled(isa) || !isa_supported(isa)) {
+    set_message(message, "isa_set: this %s lacks %s", isa_compiled(isa) ? "machine" : "build", name);
+    return FASTOPS_ERR_UNSUPPORTED;
+  }
+  g_active.store(i, std::memory_order_relaxed);
+  g_chosen.store(true, std::memory_order_relaxed);
+  return FASTOPS_OK;
+}
+}

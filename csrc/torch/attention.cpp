@@ -1,0 +1,218 @@
+// attention, attention_varlen, attention_paged: tensors to descriptors, nothing else.
+#include <cmath>
+#include <tuple>
+
+#include "torch/tensor.h"
+
+namespace fastops::binding {
+namespace {
+
+struct Options {
+  bool causal;
+  std::optional<double> scale;
+  int64_t window_left, window_right;
+  double softcap;
+  const OptTensor &sinks, &alibi;
+};
+
+fastops_attention_desc describe(const Tensor& q, const Tensor& k, const Tensor& v, const Options& o) {
+  fastops_attention_desc d{};
+  d.struct_size = sizeof d;
+  d.q = view(q, "q");
+  d.k = view(k, "k");
+  d.v = view(v, "v");
+  d.sinks = view(o.sinks, "sinks");
+  d.alibi_slopes = view(o.alibi, "alibi_slopes");
+  const int64_t head = d.q.ndim > 0 ? d.q.size[d.q.ndim - 1] : 1;
+  d.scale = static_cast<float>(o.scale ? *o.scale : 1.0 / std::sqrt(static_cast<double>(head > 0 ? head : 1)));
+  d.softcap = static_cast<float>(o.softcap);
+  d.window_left = o.window_left;
+  d.window_right = o.causal ? 0 : o.window_right;
+  return d;
+}
+
+void run(fastops_attention_desc& d, const Tensor& out, const OptTensor& lse) {
+  d.out = view(out, "out");
+  d.lse = view(lse, "lse");
+  call([&](fastops_env* env) { return fastops_attention_fwd(&d, env); },
+       [&](fastops_env* env, size_t* bytes) { return fastops_attention_workspace(&d, env, bytes); });
+}
+
+// attn_mask [B or 1, Hq or 1, Sq or 1, Sk or 1], broadcast by strides of 0.
+fastops_tensor broadcast_mask(const OptTensor& mask, const fastops_attention_desc& d) {
+  fastops_tensor m = view(mask, "attn_mask");
+  if (!mask || d.q.ndim != 4 || d.k.ndim != 4) return m;
+  if (m.ndim < 2 || m.ndim > 4)
+    raise(FASTOPS_ERR_VALUE, "attention: attn_mask must have 2 to 4 dimensions [B, Hq, Sq, Sk]");
+  fastops_tensor r{};
+  r.data = m.data;
+  r.dtype = m.dtype;
+  r.ndim = 4;
+  const int64_t want[4] = {d.q.size[0], d.q.size[2], d.q.size[1], d.k.size[1]};
+  for (int i = 0; i < 4; ++i) {
+    const int j = i - (4 - m.ndim);
+    r.size[i] = want[i];
+    if (j < 0 || (m.size[j] == 1 && want[i] != 1)) {
+      r.stride[i] = 0;
+    } else {
+      r.size[i] = m.size[j];
+      r.stride[i] = m.stride[j];
+    }
+  }
+  return r;
+}
+
+using Pair = std::tuple<Tensor, Tensor>;
+
+int64_t dim(const Tensor& t, int64_t i) { return t.dim() > i ? t.size(i) : 0; }
+
+Tensor empty_lse() { return empty({0}, ScalarType::Float); }
+
+Pair attention(Tensor q, Tensor k, Tensor v, bool causal, std::optional<double> scale, int64_t wl, int64_t wr,
+               double softcap, OptTensor sinks, OptTensor alibi, OptTensor mask, bool top_left, bool return_lse) {
+  fastops_attention_desc d = describe(q, k, v, {causal, scale, wl, wr, softcap, sinks, alibi});
+  d.align = top_left ? FASTOPS_ALIGN_TOP_LEFT : FASTOPS_ALIGN_BOTTOM_RIGHT;
+  d.bias = broadcast_mask(mask, d);
+  Tensor out = empty({dim(q, 0), dim(q, 1), dim(q, 2), dim(v, 3)}, scalar_type(q));
+  Tensor lse = return_lse ? empty({dim(q, 0), dim(q, 2), dim(q, 1)}, ScalarType::Float) : empty_lse();
+  run(d, out, return_lse ? OptTensor(lse) : std::nullopt);
+  return {out, lse};
+}
+
+void attention_out(Tensor q, Tensor k, Tensor v, bool causal, std::optional<double> scale, int64_t wl, int64_t wr,
+                   double softcap, OptTensor sinks, OptTensor alibi, OptTensor mask, bool top_left, Tensor out,
+                   OptTensor lse) {
+  fastops_attention_desc d = describe(q, k, v, {causal, scale, wl, wr, softcap, sinks, alibi});
+  d.align = top_left ? FASTOPS_ALIGN_TOP_LEFT : FASTOPS_ALIGN_BOTTOM_RIGHT;
+  d.bias = broadcast_mask(mask, d);
+  run(d, out, lse);
+}
+
+fastops_attention_desc describe_varlen(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_q,
+                                       const Tensor& cu_k, const Options& o) {
+  fastops_attention_desc d = describe(q, k, v, o);
+  d.cu_seqlens_q = view(cu_q, "cu_seqlens_q");
+  d.cu_seqlens_k = view(cu_k, "cu_seqlens_k");
+  return d;
+}
+
+fastops_attention_desc describe_paged(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& table,
+                                      const Tensor& lens, const OptTensor& cu_q, const Options& o) {
+  fastops_attention_desc d = describe(q, k, v, o);
+  d.block_table = view(table, "block_table");
+  d.seq_lens = view(lens, "seq_lens");
+  d.cu_seqlens_q = view(cu_q, "cu_seqlens_q");
+  return d;
+}
+
+Pair finish_ragged(fastops_attention_desc& d, const Tensor& q, const Tensor& v, bool return_lse) {
+  Tensor out = empty({dim(q, 0), dim(q, 1), v.dim() > 0 ? v.size(v.dim() - 1) : 0}, scalar_type(q));
+  Tensor lse = return_lse ? empty({dim(q, 1), dim(q, 0)}, ScalarType::Float) : empty_lse();
+  run(d, out, return_lse ? OptTensor(lse) : std::nullopt);
+  return {out, lse};
+}
+
+Pair attention_varlen(Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor cu_k, bool causal, std::optional<double> scale,
+                      int64_t wl, int64_t wr, double softcap, OptTensor sinks, OptTensor alibi, bool return_lse) {
+  auto d = describe_varlen(q, k, v, cu_q, cu_k, {causal, scale, wl, wr, softcap, sinks, alibi});
+  return finish_ragged(d, q, v, return_lse);
+}
+
+void attention_varlen_out(Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor cu_k, bool causal,
+                          std::optional<double> scale, int64_t wl, int64_t wr, double softcap, OptTensor sinks,
+                          OptTensor alibi, Tensor out, OptTensor lse) {
+  auto d = describe_varlen(q, k, v, cu_q, cu_k, {causal, scale, wl, wr, softcap, sinks, alibi});
+  run(d, out, lse);
+}
+
+Pair attention_paged(Tensor q, Tensor k, Tensor v, Tensor table, Tensor lens, OptTensor cu_q, bool causal,
+                     std::optional<double> scale, int64_t wl, int64_t wr, double softcap, OptTensor sinks,
+                     OptTensor alibi, bool return_lse) {
+  auto d = describe_paged(q, k, v, table, lens, cu_q, {causal, scale, wl, wr, softcap, sinks, alibi});
+  return finish_ragged(d, q, v, return_lse);
+}
+
+void attention_paged_out(Tensor q, Tensor k, Tensor v, Tensor table, Tensor lens, OptTensor cu_q, bool causal,
+                         std::optional<double> scale, int64_t wl, int64_t wr, double softcap, OptTensor sinks,
+                         OptTensor alibi, Tensor out, OptTensor lse) {
+  auto d = describe_paged(q, k, v, table, lens, cu_q, {causal, scale, wl, wr, softcap, sinks, alibi});
+  run(d, out, lse);
+}
+
+// torch's function: [..., H, S, E], causal from the top left. Views only: heads and positions trade places by stride.
+fastops_tensor as_bshd(const Tensor& t, const char* name) {
+  fastops_tensor r = view(t, name);
+  if (r.ndim != 3 && r.ndim != 4)
+    raise(FASTOPS_ERR_UNSUPPORTED, "scaled_dot_product_attention: the CPU kernel takes 3 or 4 dimensions");
+  fastops_tensor x = r;
+  x.ndim = 4;
+  const int at = r.ndim - 3;  // [B, H, S, E] from the back; three dimensions are [B, S, E] with one head
+  x.size[0] = r.size[0];
+  x.stride[0] = r.stride[0];
+  x.size[1] = r.size[at + 1];
+  x.stride[1] = r.stride[at + 1];
+  x.size[2] = r.ndim == 4 ? r.size[1] : 1;
+  x.stride[2] = r.ndim == 4 ? r.stride[1] : 0;
+  x.size[3] = r.size[at + 2];
+  x.stride[3] = r.stride[at + 2];
+  return x;
+}
+
+Tensor sdpa(Tensor query, Tensor key, Tensor value, OptTensor mask, double dropout_p, bool is_causal,
+            std::optional<double> scale, bool enable_gqa) {
+  fastops_attention_desc d{};
+  d.struct_size = sizeof d;
+  d.align = FASTOPS_ALIGN_TOP_LEFT;
+  d.q = as_bshd(query, "query");
+  d.k = as_bshd(key, "key");
+  d.v = as_bshd(value, "value");
+  if (dropout_p != 0.0)
+    raise(FASTOPS_ERR_UNSUPPORTED, "scaled_dot_product_attention: the CPU kernel has no dropout");
+  if (is_causal && mask)
+    raise(FASTOPS_ERR_VALUE, "scaled_dot_product_attention: give attn_mask or is_causal, not both");
+  if (!enable_gqa && d.q.size[2] != d.k.size[2])
+    raise(FASTOPS_ERR_VALUE, "scaled_dot_product_attention: query and key differ in heads; enable_gqa=True allows it");
+  const int64_t head = d.q.size[3];
+  d.scale = static_cast<float>(scale ? *scale : 1.0 / std::sqrt(static_cast<double>(head > 0 ? head : 1)));
+  d.window_left = -1;
+  d.window_right = is_causal ? 0 : -1;
+  if (mask && query.dim() == 3 && mask->dim() == 3) {
+    fastops_tensor m = view(mask, "attn_mask");  // [B, Sq, Sk]: one head
+    fastops_tensor r = m;
+    r.ndim = 4;
+    r.size[1] = 1;
+    r.stride[1] = 0;
+    const int64_t want[4] = {d.q.size[0], 1, d.q.size[1], d.k.size[1]};
+    for (int i = 0; i < 4; ++i) {
+      const int j = i == 0 ? 0 : i - 1;
+      if (i == 1) continue;
+      r.size[i] = want[i];
+      r.stride[i] = m.size[j] == 1 && want[i] != 1 ? 0 : m.stride[j];
+      if (m.size[j] != 1 && m.size[j] != want[i]) r.size[i] = m.size[j];
+    }
+    d.bias = r;
+  } else {
+    d.bias = broadcast_mask(mask, d);
+  }
+  const ScalarType dtype = scalar_type(query);
+  Tensor out = query.dim() == 4 ? empty({d.q.size[0], d.q.size[2], d.q.size[1], d.v.size[3]}, dtype)
+                                : empty({d.q.size[0], d.q.size[1], d.v.size[3]}, dtype);
+  d.out = as_bshd(out, "out");
+  call([&](fastops_env* env) { return fastops_attention_fwd(&d, env); },
+       [&](fastops_env* env, size_t* bytes) { return fastops_attention_workspace(&d, env, bytes); });
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastops, CPU, m) {
+  m.impl("attention", TORCH_BOX(&attention));
+  m.impl("attention_out", TORCH_BOX(&attention_out));
+  m.impl("attention_varlen", TORCH_BOX(&attention_varlen));
+  m.impl("attention_varlen_out", TORCH_BOX(&attention_varlen_out));
+  m.impl("attention_paged", TORCH_BOX(&attention_paged));
+  m.impl("attention_paged_out", TORCH_BOX(&attention_paged_out));
+  m.impl("scaled_dot_product_attention", TORCH_BOX(&sdpa));
+}
+
+}  // namespace fastops::binding

@@ -1,0 +1,156 @@
+// torch tensors as C API views, outputs, threads and scratch: all that a binding needs (docs/design/001-torch-binding.md).
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdlib>
+#include <initializer_list>
+#include <optional>
+#include <stdexcept>
+#include <string>
+
+#include "fastops/fastops.h"
+
+namespace fastops::binding {
+
+using torch::stable::Tensor;
+using OptTensor = std::optional<Tensor>;
+using torch::headeronly::ScalarType;
+
+inline void check_shim(AOTITorchError error) {
+  if (error != AOTI_TORCH_SUCCESS) throw std::runtime_error("fastops.InternalError: a torch call failed");
+}
+
+inline int32_t dtype_of(const Tensor& t) {
+  int32_t dtype = 0;
+  check_shim(aoti_torch_get_dtype(t.get(), &dtype));
+  switch (static_cast<ScalarType>(dtype)) {
+    case ScalarType::Float: return FASTOPS_F32;
+    case ScalarType::Half: return FASTOPS_F16;
+    case ScalarType::BFloat16: return FASTOPS_BF16;
+    case ScalarType::Int: return FASTOPS_I32;
+    case ScalarType::Long: return FASTOPS_I64;
+    case ScalarType::Bool: return FASTOPS_BOOL;
+    case ScalarType::Double: return FASTOPS_F64;
+    default: return FASTOPS_DTYPE_NONE;
+  }
+}
+
+inline fastops_tensor view(const Tensor& t, const char* name) {
+  if (!t.is_cpu()) throw std::runtime_error(std::string("fastops.TypeError: ") + name + " is not on the CPU");
+  fastops_tensor r{};
+  const auto sizes = t.sizes();
+  const auto strides = t.strides();
+  if (sizes.size() > FASTOPS_MAX_DIMS)
+    throw std::runtime_error(std::string("fastops.ValueError: ") + name + " has " + std::to_string(sizes.size()) +
+                             " dimensions, at most 5 are known");
+  r.ndim = static_cast<int32_t>(sizes.size());
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    r.size[i] = sizes[i];
+    r.stride[i] = strides[i];
+  }
+  r.data = const_cast<void*>(t.const_data_ptr());
+  r.dtype = dtype_of(t);
+  return r;
+}
+inline fastops_tensor view(const OptTensor& t, const char* name) { return t ? view(*t, name) : fastops_tensor{}; }
+
+inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  int64_t strides[FASTOPS_MAX_DIMS], step = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = step;
+    step *= sizes.begin()[i] > 0 ? sizes.begin()[i] : 1;
+  }
+  AtenTensorHandle handle = nullptr;
+  check_shim(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
+                                      static_cast<int32_t>(dtype), aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+inline ScalarType scalar_type(const Tensor& t) {
+  int32_t dtype = 0;
+  check_shim(aoti_torch_get_dtype(t.get(), &dtype));
+  return static_cast<ScalarType>(dtype);
+}
+
+[[noreturn]] inline void raise(fastops_status status, const char* message) {
+  const char* kind = status == FASTOPS_ERR_VALUE         ? "fastops.ValueError: "
+                     : status == FASTOPS_ERR_TYPE        ? "fastops.TypeError: "
+                     : status == FASTOPS_ERR_UNSUPPORTED ? "fastops.NotSupportedError: "
+                                                         : "fastops.InternalError: ";
+  throw std::runtime_error(std::string(kind) + message);
+}
+
+inline void torch_threads(void*, int64_t n, int64_t grain, fastops_range_fn f, void* arg) {
+  struct Call {
+    fastops_range_fn f;
+    void* arg;
+  } call{f, arg};
+  check_shim(torch_parallel_for(
+      0, n, grain,
+      [](int64_t begin, int64_t end, void* ctx) {
+        auto* c = static_cast<Call*>(ctx);
+        c->f(c->arg, begin, end);
+      },
+      &call));
+}
+
+// The instruction set the last call on this thread ran (read by fastops._C.last_variant).
+extern "C" FASTOPS_API const char* fastops_torch_last_variant(void);
+void remember_variant(const char* name);
+
+// One per thread, grown to what the C API asks (at most 1 MiB per worker for attention) and reused by every call.
+class Scratch {
+ public:
+  ~Scratch() { std::free(data_); }
+  void reserve(size_t bytes) {
+    if (bytes <= size_) return;
+    std::free(data_);
+    size_ = (bytes + 4095) / 4096 * 4096;
+    data_ = std::aligned_alloc(64, size_);
+    if (data_ == nullptr) {
+      size_ = 0;
+      throw std::bad_alloc();
+    }
+  }
+  void* data() const { return data_; }
+  size_t size() const { return size_; }
+
+ private:
+  void* data_ = nullptr;
+  size_t size_ = 0;
+};
+inline Scratch& scratch() {
+  static thread_local Scratch s;
+  return s;
+}
+
+// Runs a C API call; `need` (or nullptr) asks for its workspace when the kept one turns out too small.
+template <class Run, class Need>
+void call(Run&& run, Need&& need) {
+  char message[FASTOPS_MESSAGE_SIZE] = "";
+  uint32_t threads = 1;
+  check_shim(torch_get_num_threads(&threads));
+  fastops_env env{};
+  env.struct_size = sizeof env;
+  env.num_threads = static_cast<int32_t>(threads);
+  env.parallel_for = &torch_threads;
+  env.message = message;
+  env.workspace = scratch().data();
+  env.workspace_size = scratch().size();
+  fastops_status status = run(&env);
+  if (status == FASTOPS_ERR_WORKSPACE) {
+    size_t bytes = 0;
+    status = need(&env, &bytes);
+    if (status == FASTOPS_OK) {
+      scratch().reserve(bytes);
+      env.workspace = scratch().data();
+      env.workspace_size = scratch().size();
+      status = run(&env);
+    }
+  }
+  if (status != FASTOPS_OK) raise(status, message);
+  remember_variant(env.variant);
+}
+
+}  // namespace fastops::binding

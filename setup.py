@@ -1,0 +1,62 @@
+"""Packaging: CMake builds, this only calls it and says what goes into the wheel."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+
+
+def torch_folder() -> str:
+    spec = find_spec("torch")
+    if spec is None or spec.origin is None:
+        sys.exit(
+            "fastops builds against the torch you run: install torch>=2.11 first, then\n"
+            "    pip install --no-build-isolation ."
+        )
+    return str(Path(spec.origin).parent)
+
+
+class CMakeBuild(build_ext):
+    """Configures and builds everything in build/cmake*, then installs into the package folder."""
+
+    def run(self) -> None:
+        import pybind11
+
+        sanitize = os.environ.get("FASTOPS_SANITIZE", "")
+        build = ROOT / "build" / ("cmake-" + sanitize.replace(",", "-") if sanitize else "cmake")
+        target = ROOT / "fastops" if self.inplace else Path(self.build_lib).resolve() / "fastops"
+        configure = [
+            "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
+            f"-DFASTOPS_TORCH_DIR={torch_folder()}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DFASTOPS_SANITIZE={sanitize}",
+        ]  # fmt: skip
+        # cmake and ninja may come from pip, beside this interpreter, in an environment nobody activated.
+        env = dict(os.environ)
+        env["PATH"] = str(Path(sys.executable).parent) + os.pathsep + env.get("PATH", "")
+        for command in (
+            configure,
+            ["cmake", "--build", str(build)],
+            ["cmake", "--install", str(build), "--prefix", str(target)],
+        ):
+            subprocess.run(command, check=True, env=env)
+
+
+class BinaryExtension(Extension):
+    """Marks the wheel as platform-specific; CMakeBuild does the work."""
+
+    def __init__(self) -> None:
+        super().__init__("fastops._C", sources=[])
+
+
+setup(
+    ext_modules=[BinaryExtension()],
+    cmdclass={"build_ext": CMakeBuild},
+)
