@@ -1,0 +1,1 @@
+"""One module per operator: docstring, validation, reference, records, public function, fake kernels, autograd."""
