@@ -24,6 +24,9 @@ fastops_attention_desc describe(const Tensor& q, const Tensor& k, const Tensor& 
   d.sinks = view(o.sinks, "sinks");
   d.alibi_slopes = view(o.alibi, "alibi_slopes");
   const int64_t head = d.q.ndim > 0 ? d.q.size[d.q.ndim - 1] : 1;
+  const int64_t head_v = d.v.ndim > 0 ? d.v.size[d.v.ndim - 1] : 1;
+  if (head % 8 != 0 || head_v % 8 != 0)  // the kernels take any size (sdpa needs it); the contract of these does not
+    raise(FASTOPS_ERR_VALUE, "attention: head sizes D and Dv must be multiples of 8");
   d.scale = static_cast<float>(o.scale ? *o.scale : 1.0 / std::sqrt(static_cast<double>(head > 0 ? head : 1)));
   d.softcap = static_cast<float>(o.softcap);
   d.window_left = o.window_left;

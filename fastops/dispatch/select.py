@@ -121,10 +121,10 @@ class Operator:
         self, error: RuntimeError, row: Implementation, forced: str | None, args: Any, kwargs: Any
     ) -> Any:
         """A kernel said no: phrase it, or (where it only lacks the feature) try the reference."""
+        self.validate(*args, **kwargs)
         typed = translate(error)
         if typed is error:
             raise error
-        self.validate(*args, **kwargs)
         if isinstance(typed, NotSupportedError) and forced is None:
             if STRICT:
                 raise typed from None

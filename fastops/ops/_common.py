@@ -152,7 +152,8 @@ def always(call: Call) -> str | None:
 
 
 def to_f32(t: Tensor | None) -> Tensor | None:
-    return t if t is None or t.dtype == torch.float32 else t.float()
+    """Other float types become fp32; anything else is left for the kernel to refuse."""
+    return t if t is None or t.dtype == torch.float32 or not t.dtype.is_floating_point else t.float()
 
 
 def visible(

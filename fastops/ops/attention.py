@@ -111,6 +111,11 @@ def run_cpp(
         attn_mask = attn_mask.float()
     flags = (causal, scale, window[0], window[1], softcap)
     if common.any_grad(q, k, v, sinks):
+        if is_compiling():  # torch.compile differentiates the reference; it cannot trace this Function's backward
+            return reference(
+                q, k, v, causal=causal, scale=scale, window=window, softcap=softcap, sinks=sinks,
+                alibi_slopes=alibi_slopes, attn_mask=attn_mask, top_left=top_left, return_lse=return_lse, out=out,
+            )  # fmt: skip
         value, lse = Attention.apply(q, k, v, sinks, alibi_slopes, attn_mask, top_left, *flags)
         return _finish((value, lse), return_lse, out)
     if out is not None:

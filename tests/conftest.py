@@ -1,0 +1,32 @@
+"""Shared fixtures: the native library must be there in CI, and a forced variant must be the one that ran."""
+
+import os
+
+import pytest
+import torch
+
+import fastops
+from fastops import _ops
+from fastops.info import isas
+
+
+def pytest_configure(config):
+    torch.manual_seed(0)
+    if _ops.missing and os.environ.get("FASTOPS_REQUIRE_NATIVE"):
+        raise pytest.UsageError(f"FASTOPS_REQUIRE_NATIVE is set and {_ops.missing}")
+
+
+@pytest.fixture(params=isas() or ["not-built"])
+def isa(request):
+    """Each instruction-set variant this machine can run. Fails a test in which another one ran."""
+    if request.param == "not-built":
+        pytest.skip(_ops.missing or "no variant")
+    with fastops.use_isa(request.param):
+        yield request.param
+        ran = _ops.control.last_variant()
+    assert ran == request.param, f"asked for {request.param}, but {ran or 'nothing'} ran"
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)

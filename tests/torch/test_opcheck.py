@@ -1,0 +1,51 @@
+"""Schemas, fake kernels and dynamic shapes of every operator, by torch's own checker."""
+
+import pytest
+import torch
+
+import fastops  # noqa: F401
+from fastops import _ops
+
+O = torch.ops.fastops
+X = torch.randn(2, 5, 4, 64)
+K = torch.randn(2, 9, 2, 64)
+T, TK = torch.randn(6, 4, 64), torch.randn(9, 2, 64)
+CU_Q, CU_K = torch.tensor([0, 2, 6], dtype=torch.int32), torch.tensor([0, 4, 9], dtype=torch.int32)
+CACHE = torch.randn(5, 4, 2, 64)
+TABLE, LENS = torch.tensor([[0, 3], [4, 1]], dtype=torch.int32), torch.tensor([5, 8], dtype=torch.int32)
+
+CASES = {
+    "attention": (O.attention.default, (X, K, K), {"causal": True, "return_lse": True}),
+    "attention_mask": (O.attention.default, (X, K, K), {"attn_mask": torch.rand(5, 9) < 0.5, "sinks": torch.randn(4)}),
+    "attention_out": (O.attention_out.default, (X, K, K), {"out": torch.empty_like(X), "lse": torch.empty(2, 4, 5)}),
+    "attention_varlen": (O.attention_varlen.default, (T, TK, TK, CU_Q, CU_K), {"causal": True, "return_lse": True}),
+    "attention_varlen_out": (O.attention_varlen_out.default, (T, TK, TK, CU_Q, CU_K), {"out": torch.empty_like(T)}),
+    "attention_paged": (O.attention_paged.default, (T, CACHE, CACHE, TABLE, LENS, CU_Q), {"causal": True, "return_lse": True}),
+    "attention_paged_out": (O.attention_paged_out.default, (T, CACHE, CACHE, TABLE, LENS, CU_Q), {"out": torch.empty_like(T)}),
+    "merge_states": (O.merge_states.default, ([X, X], [torch.randn(2, 4, 5)] * 2), {}),
+    "sdpa": (O.scaled_dot_product_attention.default, (X, X, X), {"is_causal": True}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_opcheck(name):
+    op, args, kwargs = CASES[name]
+    torch.library.opcheck(op, args, kwargs)
+
+
+def test_every_op_is_checked_and_schemas_agree():
+    """The Python schemas (used when the library is not built) are the C++ ones."""
+    checked = {op._schema.name.removeprefix("fastops::") for op, _, _ in CASES.values()}
+    assert checked == set(_ops.SCHEMAS)
+    for name, text in _ops.SCHEMAS.items():
+        schema = str(getattr(O, name).default._schema).removeprefix("fastops::")
+        parsed = str(torch._C.parse_schema(f"{name}({text}")).removeprefix("fastops::")
+        assert schema == parsed
+
+
+def test_reference_serves_other_devices():
+    """The operators exist wherever torch does; `meta` stands in for a device without kernels of ours."""
+    out, lse = O.attention(X.to("meta"), K.to("meta"), K.to("meta"), return_lse=True)
+    assert out.device.type == "meta"
+    assert out.shape == X.shape
+    assert lse.shape == (2, 4, 5)
