@@ -32,11 +32,12 @@ class CMakeBuild(build_ext):
         build = ROOT / "build" / ("cmake-" + sanitize.replace(",", "-") if sanitize else "cmake")
         target = ROOT / "fastops" if self.inplace else Path(self.build_lib).resolve() / "fastops"
         configure = [
-            "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
+            "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", "--log-level=NOTICE",
             f"-DFASTOPS_TORCH_DIR={torch_folder()}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DFASTOPS_SANITIZE={sanitize}",
+            "-DCMAKE_INSTALL_MESSAGE=NEVER",
         ]  # fmt: skip
         # cmake and ninja may come from pip, beside this interpreter, in an environment nobody activated.
         env = dict(os.environ)

@@ -5,10 +5,11 @@ import sys
 from pathlib import Path
 
 LIMIT = 600
-PATTERNS = ("*.py", "*.cpp", "*.h", "*.c", "*.cu", "*.cuh", "*.md", "*.toml", "CMakeLists.txt", "Makefile")
+PATTERNS = ["*.py", "*.cpp", "*.h", "*.c", "*.cu", "*.cuh", "*.md", "CMakeLists.txt", "Makefile"]
 
-names = subprocess.run(["git", "ls-files", *PATTERNS], check=True, capture_output=True, text=True).stdout.split("\n")
-lengths = {name: len(Path(name).read_bytes().splitlines()) for name in names if name and Path(name).exists()}
+listing = subprocess.run(["git", "ls-files", *PATTERNS], check=True, capture_output=True, text=True)
+names = [name for name in listing.stdout.splitlines() if Path(name).exists()]
+lengths = {name: len(Path(name).read_bytes().splitlines()) for name in names}
 too_long = {name: n for name, n in lengths.items() if n >= LIMIT}
 for name, n in too_long.items():
     print(f"{name}: {n} lines, allowed: fewer than {LIMIT}")

@@ -1,11 +1,12 @@
 """Makes the project's environment: `python3 tools/environment.py EXTRA` (Makefile calls it).
 
-Creates .venv with the tools that build fastops, a torch, fastops itself (editable) and the optional dependencies EXTRA
-(demo, test, bench, dev or none). What is up to date is left alone, so a second run takes a second.
+Creates .venv with the tools that build fastops, a torch, fastops itself (editable) and the
+optional dependencies EXTRA (demo, test, bench, dev or none). What is up to date is left alone, so a
+second run takes a second.
 
 Environment variables:
-    FASTOPS_TORCH   requirement of the torch to install, default torch==2.13.0. Not used where the interpreter that runs
-                    this already has torch >= 2.11: that one is shared instead of downloaded again.
+    FASTOPS_TORCH   the torch to install, default torch==2.13.0. Unless this is set, an interpreter
+                    that already has torch >= 2.11 shares it with the environment instead.
     FASTOPS_VENV    where the environment lives, default .venv beside this repository's setup.py.
 """
 
@@ -14,10 +15,12 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import urllib.request
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -26,6 +29,7 @@ VENV = ROOT / os.environ.get("FASTOPS_VENV", ".venv")
 PYTHON = VENV / "bin" / "python"
 TORCH = os.environ.get("FASTOPS_TORCH", "")
 DEFAULT_TORCH = "torch==2.13.0"
+STAMPS = VENV / "stamps"  # exists once torch is there; one file for each extra that is installed
 CPU_TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 
 
@@ -40,11 +44,13 @@ def run(*command: str | Path) -> None:
 
 def need_compiler() -> None:
     if not any(shutil.which(c) for c in (os.environ.get("CXX") or "c++", "g++", "clang++")):
-        sys.exit("fastops needs a C++ compiler to build: install g++ >= 12 (Debian: apt install g++) or set CXX")
+        sys.exit(
+            "fastops needs a C++ compiler: install g++ >= 12 (Debian: apt install g++) or set CXX"
+        )
 
 
-def torch_here() -> Path | None:
-    """The folder of the running interpreter's torch, if it is new enough and FASTOPS_TORCH asks for no other."""
+def torch_here() -> metadata.Distribution | None:
+    """The running interpreter's torch, if it is new enough and FASTOPS_TORCH asks for no other."""
     if TORCH:
         return None
     try:
@@ -52,11 +58,35 @@ def torch_here() -> Path | None:
     except metadata.PackageNotFoundError:
         return None
     major, minor = (int(part) for part in torch.version.split(".")[:2])
-    return Path(str(torch.locate_file(""))).resolve() if (major, minor) >= (2, 11) else None
+    return torch if (major, minor) >= (2, 11) else None
+
+
+def share(torch: metadata.Distribution) -> None:
+    """Links torch and what it requires into the environment: nothing else of its interpreter."""
+    folder = VENV / "shared"
+    folder.mkdir()
+    waiting, seen = [torch], set()
+    while waiting:
+        package = waiting.pop()
+        if package.name in seen:
+            continue
+        seen.add(package.name)
+        for top in {file.parts[0] for file in package.files or []} - {"..", "__pycache__"}:
+            if not (folder / top).exists():
+                (folder / top).symlink_to(Path(str(package.locate_file(top))).resolve())
+        for requirement in package.requires or []:
+            if "extra ==" in requirement:
+                continue
+            name = re.split(r"[^A-Za-z0-9._-]", requirement, maxsplit=1)[0]
+            with suppress(metadata.PackageNotFoundError):  # one for another platform
+                waiting.append(metadata.distribution(name))
+    # A path line comes after the environment's own packages, which therefore win.
+    for site in VENV.glob("lib/python*/site-packages"):
+        (site / "shared.pth").write_text(f"{folder}\n")
 
 
 def torch_arguments() -> list[str]:
-    """Without an NVIDIA GPU, prefer torch's CPU build: PyPI's Linux x86-64 wheel pulls gigabytes of CUDA libraries."""
+    """Without an NVIDIA GPU prefers the CPU build: PyPI's for Linux brings gigabytes of CUDA."""
     arguments = [TORCH or DEFAULT_TORCH]
     gpu = shutil.which("nvidia-smi") or Path("/dev/nvidiactl").exists()
     if not gpu and sys.platform == "linux" and platform.machine() == "x86_64":
@@ -76,11 +106,9 @@ def create() -> None:
         say(f"installing {TORCH or DEFAULT_TORCH}")
         run(PYTHON, "-m", "pip", "install", "-q", *torch_arguments())
     else:
-        # Not --system-site-packages: that would reach past an activated environment to the interpreter behind it.
-        # A plain path line comes after the environment's own packages, which therefore win.
-        say(f"sharing torch {metadata.version('torch')} from {shared}")
-        for site in VENV.glob("lib*/python*/site-packages"):
-            (site / "shared-torch.pth").write_text(f"{shared}\n")
+        say(f"sharing torch {shared.version} of {sys.executable}")
+        share(shared)
+    STAMPS.mkdir()
 
 
 def build_tools() -> list[str]:
@@ -90,22 +118,22 @@ def build_tools() -> list[str]:
 
 
 def main(extra: str) -> None:
-    if sys.version_info < (3, 11):  # noqa: UP036 - a plain message instead of a SyntaxError further on
-        sys.exit(f"fastops needs Python 3.11 or later, this is {platform.python_version()}: make PYTHON=python3.11 ...")
+    if sys.version_info < (3, 11):  # noqa: UP036 - checked at run time: this is what a newcomer meets first
+        sys.exit(
+            f"fastops needs Python 3.11 or later, this is {sys.version.split()[0]}: make PYTHON=..."
+        )
     need_compiler()
-    stamps = VENV / "stamps"
     digest = hashlib.sha256()
     for name in ("pyproject.toml", "setup.py", "tools/environment.py"):
         digest.update((ROOT / name).read_bytes())
-    stamp = stamps / f"{extra or 'base'}-{digest.hexdigest()[:16]}"
-    if not PYTHON.exists() or not stamps.exists():
+    stamp = STAMPS / f"{extra or 'base'}-{digest.hexdigest()[:16]}"
+    if not PYTHON.exists() or not STAMPS.exists():
         create()
     if not stamp.exists():
         say(f"installing fastops[{extra}]: compiles the kernels, takes minutes the first time")
         run(PYTHON, "-m", "pip", "install", "-q", *build_tools())
         target = f".[{extra}]" if extra else "."
         run(PYTHON, "-m", "pip", "install", "-q", "--no-build-isolation", "-e", target)
-        stamps.mkdir(exist_ok=True)
         stamp.touch()
     else:  # the Python side is editable; only the compiled libraries can be out of date
         run(PYTHON, "setup.py", "-q", "build_ext", "--inplace")
