@@ -1,6 +1,7 @@
 """Packaging: CMake builds, this only calls it and says what goes into the wheel."""
 
 import os
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -31,17 +32,22 @@ class CMakeBuild(build_ext):
         sanitize = os.environ.get("FASTOPS_SANITIZE", "")
         build = ROOT / "build" / ("cmake-" + sanitize.replace(",", "-") if sanitize else "cmake")
         target = ROOT / "fastops" if self.inplace else Path(self.build_lib).resolve() / "fastops"
+        # cmake and ninja may come from pip, beside this interpreter, in an environment nobody
+        # activated.
+        env = dict(os.environ)
+        env["PATH"] = str(Path(sys.executable).parent) + os.pathsep + env.get("PATH", "")
+        ninja = shutil.which("ninja", path=env["PATH"])
+        if ninja is None or shutil.which("cmake", path=env["PATH"]) is None:
+            sys.exit("fastops builds with cmake and ninja: pip install cmake ninja")
         configure = [
             "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", "--log-level=NOTICE",
+            f"-DCMAKE_MAKE_PROGRAM={ninja}",  # the one cached may have gone with its environment
             f"-DFASTOPS_TORCH_DIR={torch_folder()}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DFASTOPS_SANITIZE={sanitize}",
             "-DCMAKE_INSTALL_MESSAGE=NEVER",
         ]  # fmt: skip
-        # cmake and ninja may come from pip, beside this interpreter, in an environment nobody activated.
-        env = dict(os.environ)
-        env["PATH"] = str(Path(sys.executable).parent) + os.pathsep + env.get("PATH", "")
         for command in (
             configure,
             ["cmake", "--build", str(build)],
