@@ -8,6 +8,7 @@ from fastops.ops.attention import attention
 from fastops.ops.attention_paged import attention_paged
 from fastops.ops.attention_varlen import attention_varlen
 from fastops.ops.merge_states import merge_states
+from fastops.ops.scale_add import scale_add
 from fastops.ops.sdpa import scaled_dot_product_attention
 
 __version__ = "0.1.0"
@@ -21,6 +22,7 @@ __all__ = [
     "info",
     "merge_states",
     "override",
+    "scale_add",
     "scaled_dot_product_attention",
     "set_isa",
     "use_isa",

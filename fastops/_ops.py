@@ -54,6 +54,8 @@ SCHEMAS = {
         "Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, float dropout_p=0.0, "
         "bool is_causal=False, float? scale=None, bool enable_gqa=False) -> Tensor"
     ),
+    "scale_add": "Tensor x, Tensor y, *, float alpha=1.0) -> Tensor",
+    "scale_add_out": "Tensor x, Tensor y, *, float alpha=1.0, Tensor(a!) out) -> ()",
 }
 
 if missing is None:

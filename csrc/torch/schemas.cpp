@@ -23,6 +23,8 @@ STABLE_TORCH_LIBRARY(fastops, m) {
   m.def(
       "scaled_dot_product_attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, "
       "float dropout_p=0.0, bool is_causal=False, float? scale=None, bool enable_gqa=False) -> Tensor");
+  m.def("scale_add(Tensor x, Tensor y, *, float alpha=1.0) -> Tensor");
+  m.def("scale_add_out(Tensor x, Tensor y, *, float alpha=1.0, Tensor(a!) out) -> ()");
 }
 
 namespace fastops::binding {

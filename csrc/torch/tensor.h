@@ -56,16 +56,19 @@ inline fastops_tensor view(const Tensor& t, const char* name) {
 }
 inline fastops_tensor view(const OptTensor& t, const char* name) { return t ? view(*t, name) : fastops_tensor{}; }
 
-inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+inline Tensor empty(const int64_t* sizes, size_t dims, ScalarType dtype) {
   int64_t strides[FASTOPS_MAX_DIMS], step = 1;
-  for (size_t i = sizes.size(); i-- > 0;) {
+  for (size_t i = dims; i-- > 0;) {
     strides[i] = step;
-    step *= sizes.begin()[i] > 0 ? sizes.begin()[i] : 1;
+    step *= sizes[i] > 0 ? sizes[i] : 1;
   }
   AtenTensorHandle handle = nullptr;
-  check_shim(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
-                                      static_cast<int32_t>(dtype), aoti_torch_device_type_cpu(), 0, &handle));
+  check_shim(aoti_torch_empty_strided(static_cast<int64_t>(dims), sizes, strides, static_cast<int32_t>(dtype),
+                                      aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
+}
+inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  return empty(sizes.begin(), sizes.size(), dtype);
 }
 inline ScalarType scalar_type(const Tensor& t) {
   int32_t dtype = 0;

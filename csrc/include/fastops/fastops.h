@@ -151,6 +151,19 @@ typedef struct fastops_merge_states_desc {
 FASTOPS_API fastops_status fastops_merge_states_check(const fastops_merge_states_desc* desc, char* message);
 FASTOPS_API fastops_status fastops_merge_states(const fastops_merge_states_desc* desc, fastops_env* env);
 
+/* ---- scale_add: the skeleton that a new operator copies (docs/adding-an-op.md) -------------------------------------- */
+
+/* out = alpha * x + y, element by element, in fp32 with one rounding at the end. x, y, out: one shape and one dtype of
+ * fp32, fp16, bf16; out may be x or y itself. */
+typedef struct fastops_scale_add_desc {
+  uint32_t struct_size;
+  float alpha;
+  fastops_tensor x, y, out;
+} fastops_scale_add_desc;
+
+FASTOPS_API fastops_status fastops_scale_add_check(const fastops_scale_add_desc* desc, char* message);
+FASTOPS_API fastops_status fastops_scale_add(const fastops_scale_add_desc* desc, fastops_env* env);
+
 #ifdef __cplusplus
 }
 #endif
