@@ -16,7 +16,7 @@ _KINDS: dict[str, type[Exception]] = {
 }
 
 
-def translate(error: RuntimeError) -> Exception:
+def translate(error: Exception) -> Exception:
     """The typed exception behind a C++ refusal, or the error itself when it is none of ours."""
     text = str(error)
     for prefix, kind in _KINDS.items():

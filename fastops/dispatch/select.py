@@ -90,7 +90,7 @@ class Operator:
             row = self._first(full, args, kwargs)
         try:
             return row.run(*args, **kwargs)
-        except RuntimeError as error:
+        except (RuntimeError, AttributeError, TypeError) as error:  # the last two: not even tensors
             return self._refused(error, row, forced, args, kwargs)
 
     def _first(self, full: Any, args: Any, kwargs: Any) -> Implementation:
@@ -118,7 +118,7 @@ class Operator:
         )
 
     def _refused(
-        self, error: RuntimeError, row: Implementation, forced: str | None, args: Any, kwargs: Any
+        self, error: Exception, row: Implementation, forced: str | None, args: Any, kwargs: Any
     ) -> Any:
         """A kernel said no: phrase it, or (where it only lacks the feature) try the reference."""
         self.validate(*args, **kwargs)

@@ -23,6 +23,8 @@ CASES = {
     "attention_paged": (O.attention_paged.default, (T, CACHE, CACHE, TABLE, LENS, CU_Q), {"causal": True, "return_lse": True}),
     "attention_paged_out": (O.attention_paged_out.default, (T, CACHE, CACHE, TABLE, LENS, CU_Q), {"out": torch.empty_like(T)}),
     "merge_states": (O.merge_states.default, ([X, X], [torch.randn(2, 4, 5)] * 2), {}),
+    "scale_add": (O.scale_add.default, (X, X.flip(0)), {"alpha": 0.5}),
+    "scale_add_out": (O.scale_add_out.default, (X, X.flip(0)), {"out": torch.empty_like(X)}),
     "sdpa": (O.scaled_dot_product_attention.default, (X, X, X), {"is_causal": True}),
 }  # fmt: skip
 
