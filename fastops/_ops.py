@@ -39,6 +39,8 @@ _PAGED = (
     f"Tensor? cu_seqlens_q=None, *, {_TAIL}"
 )
 _PAIR = ", bool return_lse=False) -> (Tensor, Tensor)"
+_GRADIENTS = "Tensor dout, Tensor? dlse, Tensor out, Tensor lse, "
+_FOUR = ") -> (Tensor, Tensor, Tensor, Tensor)"
 _INTO = ", Tensor(a!) out, Tensor(b!)? lse=None) -> ()"
 
 # Only read when the C++ library (csrc/torch/schemas.cpp) is absent; a test holds the two together.
@@ -49,6 +51,8 @@ SCHEMAS = {
     "attention_varlen_out": _VARLEN + _INTO,
     "attention_paged": _PAGED + _PAIR,
     "attention_paged_out": _PAGED + _INTO,
+    "attention_backward": _GRADIENTS + _DENSE + _FOUR,
+    "attention_varlen_backward": _GRADIENTS + _VARLEN + _FOUR,
     "merge_states": "Tensor[] outs, Tensor[] lses) -> (Tensor, Tensor)",
     "scaled_dot_product_attention": (
         "Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, float dropout_p=0.0, "

@@ -142,6 +142,50 @@ void attention_paged_out(Tensor q, Tensor k, Tensor v, Tensor table, Tensor lens
   run(d, out, lse);
 }
 
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+Tensor like(const Tensor& t) {
+  if (t.dim() == 4) return empty({t.size(0), t.size(1), t.size(2), t.size(3)}, scalar_type(t));
+  if (t.dim() == 3) return empty({t.size(0), t.size(1), t.size(2)}, scalar_type(t));
+  raise(FASTOPS_ERR_VALUE, "attention_backward: q, k and v must have 3 or 4 dimensions");
+}
+
+Gradients run_backward(fastops_attention_desc& fwd, const Tensor& dout, const OptTensor& dlse, const Tensor& out,
+                       const Tensor& lse, const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& sinks) {
+  fwd.out = view(out, "out");
+  fwd.lse = view(lse, "lse");
+  Tensor dq = like(q), dk = like(k), dv = like(v);
+  Tensor dsinks = sinks ? empty({sinks->size(0)}, ScalarType::Float) : empty_lse();
+  fastops_attention_bwd_desc d{};
+  d.struct_size = sizeof d;
+  d.fwd = fwd;
+  d.dout = view(dout, "dout");
+  d.dlse = view(dlse, "dlse");
+  d.dq = view(dq, "dq");
+  d.dk = view(dk, "dk");
+  d.dv = view(dv, "dv");
+  if (sinks) d.dsinks = view(dsinks, "dsinks");
+  call([&](fastops_env* env) { return fastops_attention_bwd(&d, env); },
+       [&](fastops_env* env, size_t* bytes) { return fastops_attention_bwd_workspace(&d, env, bytes); });
+  return {dq, dk, dv, dsinks};
+}
+
+Gradients attention_backward(Tensor dout, OptTensor dlse, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v,
+                             bool causal, std::optional<double> scale, int64_t wl, int64_t wr, double softcap,
+                             OptTensor sinks, OptTensor alibi, OptTensor mask, bool top_left) {
+  fastops_attention_desc d = describe(q, k, v, {causal, scale, wl, wr, softcap, sinks, alibi});
+  d.align = top_left ? FASTOPS_ALIGN_TOP_LEFT : FASTOPS_ALIGN_BOTTOM_RIGHT;
+  d.bias = broadcast_mask(mask, d);
+  return run_backward(d, dout, dlse, out, lse, q, k, v, sinks);
+}
+
+Gradients attention_varlen_backward(Tensor dout, OptTensor dlse, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v,
+                                    Tensor cu_q, Tensor cu_k, bool causal, std::optional<double> scale, int64_t wl,
+                                    int64_t wr, double softcap, OptTensor sinks, OptTensor alibi) {
+  auto d = describe_varlen(q, k, v, cu_q, cu_k, {causal, scale, wl, wr, softcap, sinks, alibi});
+  return run_backward(d, dout, dlse, out, lse, q, k, v, sinks);
+}
+
 // torch's function: [..., H, S, E], causal from the top left. Views only: heads and positions trade places by stride.
 fastops_tensor as_bshd(const Tensor& t, const char* name) {
   fastops_tensor r = view(t, name);
@@ -215,6 +259,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastops, CPU, m) {
   m.impl("attention_varlen_out", TORCH_BOX(&attention_varlen_out));
   m.impl("attention_paged", TORCH_BOX(&attention_paged));
   m.impl("attention_paged_out", TORCH_BOX(&attention_paged_out));
+  m.impl("attention_backward", TORCH_BOX(&attention_backward));
+  m.impl("attention_varlen_backward", TORCH_BOX(&attention_varlen_backward));
   m.impl("scaled_dot_product_attention", TORCH_BOX(&sdpa));
 }
 

@@ -10,6 +10,7 @@
 #define PAGED                                                                                                        \
   "Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, Tensor? cu_seqlens_q=None, *, " TAIL
 #define RETURNS ", bool return_lse=False) -> (Tensor, Tensor)"
+#define GRADIENTS ") -> (Tensor, Tensor, Tensor, Tensor)"
 #define INTO ", Tensor(a!) out, Tensor(b!)? lse=None) -> ()"
 
 STABLE_TORCH_LIBRARY(fastops, m) {
@@ -19,6 +20,9 @@ STABLE_TORCH_LIBRARY(fastops, m) {
   m.def("attention_varlen_out(" VARLEN INTO);
   m.def("attention_paged(" PAGED RETURNS);
   m.def("attention_paged_out(" PAGED INTO);
+  // -> dq, dk, dv, dsinks (empty without sinks)
+  m.def("attention_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, " DENSE GRADIENTS);
+  m.def("attention_varlen_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, " VARLEN GRADIENTS);
   m.def("merge_states(Tensor[] outs, Tensor[] lses) -> (Tensor, Tensor)");
   m.def(
       "scaled_dot_product_attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, "

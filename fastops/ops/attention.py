@@ -111,11 +111,6 @@ def run_cpp(
         attn_mask = attn_mask.float()
     flags = (causal, scale, window[0], window[1], softcap)
     if common.any_grad(q, k, v, sinks):
-        if is_compiling():  # torch.compile differentiates the reference; it cannot trace this Function's backward
-            return reference(
-                q, k, v, causal=causal, scale=scale, window=window, softcap=softcap, sinks=sinks,
-                alibi_slopes=alibi_slopes, attn_mask=attn_mask, top_left=top_left, return_lse=return_lse, out=out,
-            )  # fmt: skip
         value, lse = Attention.apply(q, k, v, sinks, alibi_slopes, attn_mask, top_left, *flags)
         return _finish((value, lse), return_lse, out)
     if out is not None:
@@ -136,35 +131,36 @@ _op = _ops.ops.attention.default
 
 
 class Attention(torch.autograd.Function):
-    """The kernel forward; backward recomputes through the reference, O(Sq Sk) memory (docs/ops/attention.md)."""
+    """Forward and backward kernels; no memory that grows with Sq * Sk in either."""
 
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, alibi: Tensor | None, mask: Tensor | None,
         top_left: bool, causal: bool, scale: float | None, left: int, right: int, softcap: float,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        ctx.save_for_backward(q, k, v, sinks, alibi, mask)
         ctx.options = {
-            "top_left": top_left, "causal": causal, "scale": scale, "window": (left, right), "softcap": softcap,
+            "causal": causal, "scale": scale, "window_left": left, "window_right": right, "softcap": softcap,
+            "top_left": top_left,
         }  # fmt: skip
-        out, lse = _op(
-            q, k, v, causal=causal, scale=scale, window_left=left, window_right=right, softcap=softcap,
-            sinks=sinks, alibi_slopes=alibi, attn_mask=mask, top_left=top_left, return_lse=True,
-        )  # fmt: skip
+        out, lse = _op(q, k, v, sinks=sinks, alibi_slopes=alibi, attn_mask=mask, return_lse=True, **ctx.options)
+        ctx.save_for_backward(q, k, v, sinks, alibi, mask, out, lse)
+        ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> Any:  # type: ignore[override]
-        q, k, v, sinks, alibi, mask = ctx.saved_tensors
-        with torch.enable_grad():
-            leaves = [None if t is None else t.detach().requires_grad_() for t in (q, k, v, sinks)]
-            out, lse = common.attend(
-                *leaves[:3], sinks=leaves[3], alibi_slopes=alibi, attn_mask=mask, **ctx.options
-            )  # type: ignore[arg-type]
-            wanted = [t for t in leaves if t is not None]
-            grads = iter(torch.autograd.grad((out, lse), wanted, (dout, dlse), allow_unused=True))
-        return (*(None if t is None else next(grads) for t in leaves), *([None] * 8))
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Any:  # type: ignore[override]
+        q, k, v, sinks, alibi, mask, out, lse = ctx.saved_tensors
+        dout = torch.zeros_like(out) if dout is None else dense_last(dout)
+        dq, dk, dv, dsinks = _ops.ops.attention_backward(
+            dout, dlse, out, lse, q, k, v, sinks=sinks, alibi_slopes=alibi, attn_mask=mask, **ctx.options
+        )
+        return (dq, dk, dv, None if sinks is None else dsinks, *([None] * 8))
+
+
+def dense_last(t: Tensor) -> Tensor:
+    """`t`, copied only if its last dimension is not contiguous (gradients of reductions are expanded scalars)."""
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
 _CPP = Implementation("cpp", run_cpp, common.cpp_why_not, 10, source="docs/design/003-cpu-attention.md")
@@ -280,3 +276,43 @@ def _elsewhere_out(*args: Any, out: Tensor, lse: Tensor | None = None, **options
 
 _ops.implement_elsewhere("attention", _elsewhere)
 _ops.implement_elsewhere("attention_out", _elsewhere_out)
+
+
+@torch.library.register_fake("fastops::attention_backward")
+def _fake_backward(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *,
+    sinks: Tensor | None = None, **options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return _empty_gradients(q, k, v, sinks)
+
+
+def _empty_gradients(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dsinks = q.new_empty((0 if sinks is None else sinks.shape[0],), dtype=torch.float32)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
+
+
+def recompute_gradients(
+    attend: Any, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients by differentiating the reference: for devices without a backward kernel."""
+    with torch.enable_grad():
+        leaves = [None if t is None else t.detach().requires_grad_() for t in (q, k, v, sinks)]
+        out, lse = attend(*leaves[:3], leaves[3])
+        wanted = [t for t in leaves if t is not None]
+        values, grads = ([out], [dout]) if dlse is None else ([out, lse], [dout, dlse])
+        got = torch.autograd.grad(values, wanted, grads)
+    dsinks = got[3] if sinks is not None else q.new_empty((0,), dtype=torch.float32)
+    return got[0].contiguous(), got[1].contiguous(), got[2].contiguous(), dsinks
+
+
+def _elsewhere_backward(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *,
+    window_left: int = -1, window_right: int = -1, sinks: Tensor | None = None, **options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    window = (window_left, window_right)
+    return recompute_gradients(
+        lambda q, k, v, s: common.attend(q, k, v, sinks=s, window=window, **options), dout, dlse, q, k, v, sinks
+    )
+
+
+_ops.implement_elsewhere("attention_backward", _elsewhere_backward)

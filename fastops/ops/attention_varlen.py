@@ -11,6 +11,7 @@ from fastops import _ops
 from fastops.dispatch.record import Call, Implementation
 from fastops.dispatch.select import Operator
 from fastops.ops import _common as common
+from fastops.ops.attention import _empty_gradients, dense_last, recompute_gradients
 
 
 def validate(
@@ -127,31 +128,31 @@ _op = _ops.ops.attention_varlen.default
 
 
 class AttentionVarlen(torch.autograd.Function):
-    """The kernel forward; backward recomputes through the reference, sequence by sequence."""
+    """Forward and backward kernels."""
 
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, sinks: Tensor | None,
         alibi: Tensor | None, causal: bool, scale: float | None, window: tuple[int, int], softcap: float,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        ctx.save_for_backward(q, k, v, cu_q, cu_k, sinks, alibi)
-        ctx.options = {"causal": causal, "scale": scale, "window": window, "softcap": softcap}
-        return _op(
-            q, k, v, cu_q, cu_k, causal=causal, scale=scale, window_left=window[0], window_right=window[1],
-            softcap=softcap, sinks=sinks, alibi_slopes=alibi, return_lse=True,
-        )  # fmt: skip
+        ctx.options = {
+            "causal": causal, "scale": scale, "window_left": window[0], "window_right": window[1],
+            "softcap": softcap,
+        }  # fmt: skip
+        out, lse = _op(q, k, v, cu_q, cu_k, sinks=sinks, alibi_slopes=alibi, return_lse=True, **ctx.options)
+        ctx.save_for_backward(q, k, v, cu_q, cu_k, sinks, alibi, out, lse)
+        ctx.set_materialize_grads(False)
+        return out, lse
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> Any:  # type: ignore[override]
-        q, k, v, cu_q, cu_k, sinks, alibi = ctx.saved_tensors
-        with torch.enable_grad():
-            leaves = [None if t is None else t.detach().requires_grad_() for t in (q, k, v, sinks)]
-            pair = attend(*leaves[:3], cu_q, cu_k, sinks=leaves[3], alibi_slopes=alibi, **ctx.options)  # type: ignore[arg-type]
-            wanted = [t for t in leaves if t is not None]
-            grads = torch.autograd.grad(pair, wanted, (dout, dlse), allow_unused=True)
-        dsinks = grads[3] if sinks is not None else None
-        return (*grads[:3], None, None, dsinks, None, None, None, None, None)
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Any:  # type: ignore[override]
+        q, k, v, cu_q, cu_k, sinks, alibi, out, lse = ctx.saved_tensors
+        dout = torch.zeros_like(out) if dout is None else dense_last(dout)
+        dq, dk, dv, dsinks = _ops.ops.attention_varlen_backward(
+            dout, dlse, out, lse, q, k, v, cu_q, cu_k, sinks=sinks, alibi_slopes=alibi, **ctx.options
+        )
+        return (dq, dk, dv, None, None, None if sinks is None else dsinks, *([None] * 5))
 
 
 operator = Operator(
@@ -240,3 +241,24 @@ def _elsewhere_out(*args: Any, out: Tensor, lse: Tensor | None = None, **options
 
 _ops.implement_elsewhere("attention_varlen", _elsewhere)
 _ops.implement_elsewhere("attention_varlen_out", _elsewhere_out)
+
+
+@torch.library.register_fake("fastops::attention_varlen_backward")
+def _fake_backward(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any,
+    sinks: Tensor | None = None, **options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return _empty_gradients(q, k, v, sinks)
+
+
+def _elsewhere_backward(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor,
+    cu_k: Tensor, *, window_left: int = -1, window_right: int = -1, sinks: Tensor | None = None, **options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    window = (window_left, window_right)
+    return recompute_gradients(
+        lambda q, k, v, s: attend(q, k, v, cu_q, cu_k, sinks=s, window=window, **options), dout, dlse, q, k, v, sinks
+    )
+
+
+_ops.implement_elsewhere("attention_varlen_backward", _elsewhere_backward)

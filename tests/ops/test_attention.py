@@ -271,22 +271,58 @@ def test_last_dimension_must_be_dense():
         fastops.attention(q, k.transpose(1, 3).contiguous().transpose(1, 3), v)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradients(dtype):
-    q, k, v = inputs(2, 9, 14, 2, 2, 32, 40, dtype)
-    sinks = torch.randn(4)
-    for options in ({"causal": True}, {"softcap": 4.0, "window": (5, 2)}, {"sinks": sinks}):
-        def run(fn, cast):
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("sq", "sk", "group", "d", "dv"), [(9, 14, 2, 32, 40), (70, 130, 3, 72, 64), (1, 200, 4, 64, 64)])
+def test_gradients(isa, dtype, sq, sk, group, d, dv):
+    q, k, v = inputs(2, sq, sk, 2, group, d, dv, dtype)
+    heads = 2 * group
+    weight = torch.randn(2, sq, heads, dv)
+    cases = [
+        {"causal": True}, {"softcap": 4.0, "window": (50, 2)}, {"sinks": torch.randn(heads)}, {"scale": -0.2},
+        {"alibi_slopes": torch.rand(heads)}, {"attn_mask": torch.rand(sq, sk) < 0.7}, {"attn_mask": torch.randn(sq, sk)},
+    ]  # fmt: skip
+    for options in cases:
+        def run(fn, cast, options=options):
             leaves = [cast(t).detach().requires_grad_() for t in (q, k, v)]
-            opts = {n: (cast(t) if torch.is_tensor(t) else t) for n, t in options.items()}
-            fn(*leaves, **opts).float().square().sum().backward()
+            opts = {n: cast(t) if torch.is_tensor(t) and t.dtype != torch.bool else t for n, t in options.items()}
+            (fn(*leaves, **opts).float() * weight).sum().backward()
             return [t.grad for t in leaves]
 
         got = run(fastops.attention, lambda t: t)
         exact = run(lambda *a, **o: common.attend(*a, **o)[0], lambda t: t.double())
         same = run(naive, lambda t: t)
         for g, e, s, name in zip(got, exact, same, "qkv", strict=True):
-            assert_matches(g, e, s, what=f"d{name} {options}")
+            assert_matches(g, e, s, what=f"d{name} {list(options)}")
+
+
+def test_gradients_of_lse_and_sinks(isa):
+    q, k, v = inputs(2, 11, 30, 1, 4, 64, 64, torch.float32)
+    sinks, w, wl = torch.randn(4), torch.randn(2, 11, 4, 64), torch.randn(2, 4, 11)
+
+    def run(fn):
+        leaves = [t.clone().requires_grad_() for t in (q, k, v, sinks)]
+        out, lse = fn(*leaves[:3], causal=True, sinks=leaves[3])
+        ((out * w).sum() + (lse * wl).sum()).backward()
+        return [t.grad for t in leaves]
+
+    got = run(lambda *a, **o: fastops.attention(*a, return_lse=True, **o))
+    for g, e in zip(got, run(common.attend), strict=True):
+        torch.testing.assert_close(g, e, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_have_the_same_bits_for_any_number_of_threads(isa):
+    q, k, v = inputs(1, 150, 200, 2, 2, 64, 64, torch.float32)
+    sinks, before, results = torch.randn(4), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            leaves = [t.clone().requires_grad_() for t in (q, k, v, sinks)]
+            fastops.attention(*leaves[:3], causal=True, sinks=leaves[3]).square().sum().backward()
+            results.append([t.grad for t in leaves])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 def test_gradcheck_through_out_lse_and_sinks():

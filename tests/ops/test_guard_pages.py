@@ -44,6 +44,19 @@ def test_paged_and_varlen(isa, dtype, end):
     fastops.merge_states(outs, fence(end, torch.randn(2, 5), torch.randn(2, 5)))
 
 
+@pytest.mark.parametrize("end", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("d", [8, 40, 64])
+def test_backward(isa, dtype, end, d):
+    for sq, sk in ((3, 5), (50, 70)):
+        q, k, v, dout = fence(end, *(torch.randn(1, s, h, n).to(dtype) for s, h, n in
+                                     ((sq, 4, d), (sk, 2, d), (sk, 2, 72 - d), (sq, 4, 72 - d))))
+        sinks = guarded(torch.randn(4), end)
+        out, lse = fastops.attention(q, k, v, causal=True, sinks=sinks, return_lse=True)
+        out, lse = fence(end, out, lse)
+        torch.ops.fastops.attention_backward(dout, lse, out, lse, q, k, v, causal=True, sinks=sinks)
+
+
 def test_the_fence_bites():
     """The guard itself: one element past the end kills a child process."""
     import subprocess

@@ -22,6 +22,8 @@ CASES = {
     "attention_varlen_out": (O.attention_varlen_out.default, (T, TK, TK, CU_Q, CU_K), {"out": torch.empty_like(T)}),
     "attention_paged": (O.attention_paged.default, (T, CACHE, CACHE, TABLE, LENS, CU_Q), {"causal": True, "return_lse": True}),
     "attention_paged_out": (O.attention_paged_out.default, (T, CACHE, CACHE, TABLE, LENS, CU_Q), {"out": torch.empty_like(T)}),
+    "attention_backward": (O.attention_backward.default, (X, None, X, torch.randn(2, 4, 5), X, K, K), {"sinks": torch.randn(4)}),
+    "attention_varlen_backward": (O.attention_varlen_backward.default, (T, None, T, torch.randn(4, 6), T, TK, TK, CU_Q, CU_K), {"causal": True}),
     "merge_states": (O.merge_states.default, ([X, X], [torch.randn(2, 4, 5)] * 2), {}),
     "scale_add": (O.scale_add.default, (X, X.flip(0)), {"alpha": 0.5}),
     "scale_add_out": (O.scale_add_out.default, (X, X.flip(0)), {"out": torch.empty_like(X)}),

@@ -125,11 +125,36 @@ inline AttentionScratch attention_scratch(int D, int Dv, int rows, int key_tile)
 
 inline int attention_key_tile(int D, int Dv) { return D <= 64 && Dv <= 64 ? 128 : 64; }
 
+// The backward pass: the forward's call plus gradients. Rows and heads as in the forward.
+struct BackwardParams {
+  AttentionParams f;  // f.out and f.lse hold the forward's results
+  const char* dout;
+  const float* dlse;
+  char *dq, *dk, *dv;
+  float* dsinks;
+  int64_t do_sb, do_ss, do_sh, dlse_sb, dlse_sh, dlse_ss;
+  int64_t dq_sb, dq_ss, dq_sh, dk_sb, dk_ss, dk_sh, dv_sb, dv_ss, dv_sh, dsinks_stride;
+};
+constexpr int kBackwardKeys = 64;   // keys of a tile
+constexpr int kBackwardRows = 96;   // rows of a dq item
+constexpr int kBackwardGroup = 24;  // rows multiplied at once
+
+// Floats of scratch a backward worker needs.
+inline int64_t backward_scratch(int D, int Dv) {
+  const int64_t DP = pad_dim(D), VP = pad_dim(Dv), rows = kBackwardRows;
+  return 64 + 2 * kBackwardKeys * (DP + VP) + kBackwardKeys * DP + rows * DP + kBackwardGroup * (DP + VP) +
+         3 * kBackwardGroup * kBackwardKeys + 8 * kBackwardGroup;
+}
+
 struct AttentionTable {
   void (*item)(const AttentionParams&, const AttentionItem&, float* scratch);
   // acc[0, n) += weight * x[0, n), acc fp32 with room for whole vectors; and out[0, n) = factor * acc[0, n).
   void (*add_weighted)(float* acc, const char* x, int32_t dtype, int32_t n, float weight);
   void (*store)(char* out, int32_t dtype, const float* acc, int32_t n, float factor);
+  // dk and dv of one key tile; dq of one block of rows; dsinks of one head.
+  void (*backward_keys)(const BackwardParams&, int64_t b, int64_t hkv, int64_t key0, float* scratch);
+  void (*backward_rows)(const BackwardParams&, int64_t b, int64_t hkv, int64_t row0, float* scratch);
+  void (*backward_sinks)(const BackwardParams&, int64_t head);
 };
 
 #define FASTOPS_DECLARE_TABLE(isa) \

@@ -202,8 +202,14 @@ void store_merged(char* out, int32_t dtype, const float* acc, int32_t n, float f
 }
 
 }  // namespace
+}  // namespace fastops::cpu::FASTOPS_ISA
+
+#include "cpu/attention/attention_bwd.inl.h"
+
+namespace fastops::cpu::FASTOPS_ISA {
 
 extern const AttentionTable attention_table;
-const AttentionTable attention_table = {&attention_item, &add_weighted, &store_merged};
+const AttentionTable attention_table = {&attention_item, &add_weighted,  &store_merged,
+                                        &backward_keys,  &backward_rows, &backward_sinks};
 
 }  // namespace fastops::cpu::FASTOPS_ISA

@@ -129,7 +129,7 @@ FASTOPS_INLINE void tile_rows(const float* a, int64_t lda, const float* b, int64
 
 // K is a multiple of 16 units, N of 16 columns.
 template <>
-inline void gemm<DotBf16>(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int M, int N,
+inline void gemm<DotBf16, false>(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int M, int N,
                           int K, bool add) {
   int i = 0;
   for (; M - i > 16; i += 32) tile_rows<2>(a + i * lda, lda, b, ldb, c + i * ldc, ldc, N, K, add);

@@ -24,7 +24,7 @@ struct DotBf16 {
 constexpr int kMR = 6;
 constexpr int kNV = W == 16 ? 4 : 2;
 
-template <class Dot, int MR, int NV>
+template <class Dot, bool kTransA, int MR, int NV>
 FASTOPS_INLINE void gemm_block(const float* __restrict a, int64_t lda, const float* __restrict b,
                                                       int64_t ldb, float* __restrict c, int64_t ldc, int K, bool add) {
   vf acc[MR][NV];
@@ -39,7 +39,7 @@ FASTOPS_INLINE void gemm_block(const float* __restrict a, int64_t lda, const flo
 #pragma GCC unroll 8
     for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 4
-      for (int j = 0; j < NV; ++j) acc[i][j] = Dot::dot(a + i * lda + k, bv[j], acc[i][j]);
+      for (int j = 0; j < NV; ++j) acc[i][j] = Dot::dot(kTransA ? a + k * lda + i : a + i * lda + k, bv[j], acc[i][j]);
   }
 #pragma GCC unroll 8
   for (int i = 0; i < MR; ++i)
@@ -47,35 +47,36 @@ FASTOPS_INLINE void gemm_block(const float* __restrict a, int64_t lda, const flo
     for (int j = 0; j < NV; ++j) vstore(c + i * ldc + j * W, acc[i][j]);
 }
 
-template <class Dot, int NV>
+template <class Dot, bool kTransA, int NV>
 void gemm_panel(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int M, int K,
                 bool add) {
+  const int64_t step = kTransA ? 1 : lda;  // between rows of A
   int i = 0;
-  for (; i + kMR <= M; i += kMR) gemm_block<Dot, kMR, NV>(a + i * lda, lda, b, ldb, c + i * ldc, ldc, K, add);
+  for (; i + kMR <= M; i += kMR) gemm_block<Dot, kTransA, kMR, NV>(a + i * step, lda, b, ldb, c + i * ldc, ldc, K, add);
   if (M - i >= 4) {
-    gemm_block<Dot, 4, NV>(a + i * lda, lda, b, ldb, c + i * ldc, ldc, K, add);
+    gemm_block<Dot, kTransA, 4, NV>(a + i * step, lda, b, ldb, c + i * ldc, ldc, K, add);
     i += 4;
   }
   if (M - i >= 2) {
-    gemm_block<Dot, 2, NV>(a + i * lda, lda, b, ldb, c + i * ldc, ldc, K, add);
+    gemm_block<Dot, kTransA, 2, NV>(a + i * step, lda, b, ldb, c + i * ldc, ldc, K, add);
     i += 2;
   }
-  if (M - i >= 1) gemm_block<Dot, 1, NV>(a + i * lda, lda, b, ldb, c + i * ldc, ldc, K, add);
+  if (M - i >= 1) gemm_block<Dot, kTransA, 1, NV>(a + i * step, lda, b, ldb, c + i * ldc, ldc, K, add);
 }
 
 // Columns outermost: the B panel (K x kNV * W) stays in L1 while all rows pass over it.
-template <class Dot>
+template <class Dot, bool kTransA = false>
 void gemm(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int M, int N, int K,
           bool add) {
   int j = 0;
-  for (; j + kNV * W <= N; j += kNV * W) gemm_panel<Dot, kNV>(a, lda, b + j, ldb, c + j, ldc, M, K, add);
+  for (; j + kNV * W <= N; j += kNV * W) gemm_panel<Dot, kTransA, kNV>(a, lda, b + j, ldb, c + j, ldc, M, K, add);
   if constexpr (kNV == 4) {
     if (N - j >= 2 * W) {
-      gemm_panel<Dot, 2>(a, lda, b + j, ldb, c + j, ldc, M, K, add);
+      gemm_panel<Dot, kTransA, 2>(a, lda, b + j, ldb, c + j, ldc, M, K, add);
       j += 2 * W;
     }
   }
-  if (N - j >= W) gemm_panel<Dot, 1>(a, lda, b + j, ldb, c + j, ldc, M, K, add);
+  if (N - j >= W) gemm_panel<Dot, kTransA, 1>(a, lda, b + j, ldb, c + j, ldc, M, K, add);
 }
 
 }  // namespace

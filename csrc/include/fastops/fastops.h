@@ -134,6 +134,23 @@ FASTOPS_API fastops_status fastops_attention_workspace(const fastops_attention_d
                                                        size_t* bytes);
 FASTOPS_API fastops_status fastops_attention_fwd(const fastops_attention_desc* desc, fastops_env* env);
 
+/* Gradients for the dense and ragged layouts (paged: FASTOPS_ERR_UNSUPPORTED). fwd.out and fwd.lse hold the forward's
+ * results. No gradient for alibi_slopes and bias. Recomputes the probabilities tile by tile: nothing grows with Sq * Sk. */
+typedef struct fastops_attention_bwd_desc {
+  uint32_t struct_size;
+  int32_t reserved;
+  fastops_attention_desc fwd;
+  fastops_tensor dout;       /* like out */
+  fastops_tensor dlse;       /* optional, like lse: the gradient that reached the LSE */
+  fastops_tensor dq, dk, dv; /* like q, k, v; every element is written */
+  fastops_tensor dsinks;     /* optional fp32 [Hq] */
+} fastops_attention_bwd_desc;
+
+FASTOPS_API fastops_status fastops_attention_bwd_check(const fastops_attention_bwd_desc* desc, char* message);
+FASTOPS_API fastops_status fastops_attention_bwd_workspace(const fastops_attention_bwd_desc* desc,
+                                                           const fastops_env* env, size_t* bytes);
+FASTOPS_API fastops_status fastops_attention_bwd(const fastops_attention_bwd_desc* desc, fastops_env* env);
+
 /* ---- merge_states -------------------------------------------------------------------------------------------- */
 
 /* Joins n attention results over disjoint key sets: out = sum_i exp(lse_i - lse) out_i, lse = log sum_i exp(lse_i).
