@@ -111,6 +111,8 @@ def run_cpp(
         attn_mask = attn_mask.float()
     flags = (causal, scale, window[0], window[1], softcap)
     if common.any_grad(q, k, v, sinks):
+        if is_compiling():  # Dynamo wants every tensor only once, and q, k, v may be one
+            k, v = k.view_as(k), v.view_as(v)
         value, lse = Attention.apply(q, k, v, sinks, alibi_slopes, attn_mask, top_left, *flags)
         return _finish((value, lse), return_lse, out)
     if out is not None:

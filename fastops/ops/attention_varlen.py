@@ -108,6 +108,8 @@ def run_cpp(
 ) -> Any:
     sinks, alibi_slopes = common.to_f32(sinks), common.to_f32(alibi_slopes)
     if common.any_grad(q, k, v, sinks):
+        if torch.compiler.is_compiling():  # Dynamo wants every tensor only once
+            k, v, cu_seqlens_k = k.view_as(k), v.view_as(v), cu_seqlens_k.view_as(cu_seqlens_k)
         pair = AttentionVarlen.apply(
             q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, alibi_slopes, causal, scale, window, softcap
         )

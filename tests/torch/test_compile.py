@@ -73,6 +73,19 @@ def test_gradients():
     torch.testing.assert_close(grads(fn), grads(lambda q: fastops.attention(q, k, k, causal=True)))
 
 
+def test_gradients_of_a_ragged_batch():
+    cu = torch.tensor([0, 2, 6], dtype=torch.int32)
+    x = torch.randn(6, 4, 64)
+
+    def grads(fn):
+        leaf = x.clone().requires_grad_()
+        fn(leaf).square().sum().backward()
+        return leaf.grad
+
+    fn, _ = counted(lambda x: fastops.attention_varlen(x, x, x, cu, cu, causal=True))
+    torch.testing.assert_close(grads(fn), grads(lambda x: fastops.attention_varlen(x, x, x, cu, cu, causal=True)))
+
+
 def test_inductor():
     q, k = torch.randn(1, 5, 4, 64), torch.randn(1, 7, 2, 64)
     fn = torch.compile(lambda q: fastops.attention(q * 2, k, k) + 1, fullgraph=True)
