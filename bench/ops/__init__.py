@@ -1,1 +1,13 @@
+"""One module per operator, each with ``cases(shapes, dtypes) -> list[Case]``. docs/adding-an-op.md has the steps."""
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+NAMES = ("attention", "attention_varlen", "attention_paged", "merge_states", "sdpa", "scale_add")
+
+
+def module(name: str) -> Any:
+    """The benchmark module of an operator."""
+    return import_module(f"{__name__}.{name}")

@@ -1,0 +1,24 @@
+"""The ratios the project promises (2 threads, an AVX-512 machine), checked by ``fastops bench --check``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """`measure` of a case must reach `least`: "share" (of the binding ceiling), "vs:NAME" (times faster than a rival)
+    or "microseconds" (at most, here)."""
+
+    tag: str
+    measure: str
+    least: float
+
+
+BARS = [
+    Bar("attention-prefill", "vs:torch", 1.4),
+    Bar("attention-prefill", "share", 0.80),
+    Bar("attention-decode", "share", 0.85),
+    Bar("paged-decode", "vs:dense", 0.95),
+    Bar("attention-call", "microseconds", 8.0),
+]

@@ -1,0 +1,34 @@
+"""A benchmark case: one operator at one shape, with every way to run it on the same inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """``make(seed)`` builds one set of inputs; ``run`` maps a candidate's name to a function of them.
+
+    ``kind`` says which ceiling binds: "compute" (flops against the best fp32 matmul), "memory" (bytes against the best
+    large read; inputs rotate so that none is in cache) or "latency" (microseconds per call, hot).
+    """
+
+    op: str
+    name: str
+    dtype: str
+    kind: str
+    flops: float
+    bytes: float
+    make: Callable[[], Any]
+    run: dict[str, Callable[[Any], Any]]
+    tags: frozenset[str] = field(default_factory=frozenset)
+
+    @property
+    def label(self) -> str:
+        return f"{self.op} {self.name} {self.dtype}"

@@ -1,0 +1,5 @@
+import sys
+
+from fastops.cli import main
+
+sys.exit(main())
