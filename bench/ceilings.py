@@ -29,7 +29,7 @@ class Ceilings:
 
     @property
     def recent_bandwidth(self) -> float:
-        """The mean of the reads before and after the latest case: memory speed is shared with other tenants, and moves."""
+        """The mean of the reads before and after the latest case: other tenants use the memory, too."""
         recent = [b for _, b in self.history[-2:]]
         return sum(recent) / len(recent)
 

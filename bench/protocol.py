@@ -1,8 +1,8 @@
 """Timing: all candidates of a case in one interleaved run, and an honest word for the difference.
 
-A sample repeats a call until it lasts about a millisecond. Rounds visit the candidates in a rotating order, so drift and
-neighbours hit all alike; a ratio is taken per round and judged by an interval of its median (order statistics, about
-95 %). Memory-bound cases rotate over copies of the inputs that together exceed the last-level cache four times.
+A sample repeats a call until it lasts about a millisecond. Rounds visit the candidates in a rotating order, so drift
+and neighbours hit all alike; a ratio is taken per round and judged by an interval of its median (order statistics,
+about 95 %). Memory-bound cases rotate over copies of the inputs that together exceed the last-level cache four times.
 """
 
 from __future__ import annotations

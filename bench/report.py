@@ -21,7 +21,9 @@ class progress:
     def __enter__(self) -> progress:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.shown:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
@@ -53,7 +55,9 @@ def rows(results: list[Result]) -> list[tuple[str, ...]]:
         ratios = r.ratios()
         for name, t in r.timings.items():
             share = r.share(name)
-            against = "; ".join(f"{v.median:.2f}x {n} ({v.verdict})" for n, v in ratios.items()) if name == r.ours else ""
+            against = (
+                "; ".join(f"{v.median:.2f}x {n} ({v.verdict})" for n, v in ratios.items()) if name == r.ours else ""
+            )
             out.append((
                 r.case.label if name == r.ours else "", name, duration(t.median), f"{t.spread:.0%}",
                 f"{r.case.flops / t.median / 1e9:.0f}", f"{r.case.bytes / t.median / 1e9:.1f}",

@@ -1,7 +1,6 @@
 """pytest-benchmark over the same cases: ``pytest bench`` (not part of the test suite)."""
 
 import pytest
-
 from fastops.bench import ops
 from fastops.bench.shapes import named
 

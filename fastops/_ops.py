@@ -31,9 +31,7 @@ _TAIL = (
     "float softcap=0.0, Tensor? sinks=None, Tensor? alibi_slopes=None"
 )
 _DENSE = f"Tensor q, Tensor k, Tensor v, *, {_TAIL}, Tensor? attn_mask=None, bool top_left=False"
-_VARLEN = (
-    f"Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, *, {_TAIL}"
-)
+_VARLEN = f"Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, *, {_TAIL}"
 _PAGED = (
     "Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, "
     f"Tensor? cu_seqlens_q=None, *, {_TAIL}"

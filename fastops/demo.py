@@ -57,7 +57,9 @@ def prepared_folder(progress: Callable[[str], None] = print) -> Path:
         progress("  1/4 assembling the GGUF file")
         package.assemble(work / package.MODEL_NAME)
         progress("  2/4 dequantising the weights")
-        model = AutoModelForCausalLM.from_pretrained(work, gguf_file=package.MODEL_NAME, dtype=torch.bfloat16, **_plain_weights())
+        model = AutoModelForCausalLM.from_pretrained(
+            work, gguf_file=package.MODEL_NAME, dtype=torch.bfloat16, **_plain_weights()
+        )
         progress("  3/4 converting the tokenizer")
         tokenizer = AutoTokenizer.from_pretrained(work, gguf_file=package.MODEL_NAME)
         progress("  4/4 saving")
@@ -155,7 +157,11 @@ def main(argv: list[str] | None = None) -> int:
     from fastops.integrations.transformers import growing_cache, register
 
     register()
-    ids = tokenizer(args.prompt, return_tensors="pt")["input_ids"] if args.prompt else long_prompt(tokenizer, args.prompt_tokens)
+    ids = (
+        tokenizer(args.prompt, return_tensors="pt")["input_ids"]
+        if args.prompt
+        else long_prompt(tokenizer, args.prompt_tokens)
+    )
     n = ids.shape[1]
     print(f"Gemma 3 270M, {args.dtype}, {torch.get_num_threads()} threads: {n} prompt tokens, {args.tokens} new ones")
     sides: dict[str, tuple[str, Callable[[], Any]]] = {

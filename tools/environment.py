@@ -44,9 +44,7 @@ def run(*command: str | Path) -> None:
 
 def need_compiler() -> None:
     if not any(shutil.which(c) for c in (os.environ.get("CXX") or "c++", "g++", "clang++")):
-        sys.exit(
-            "fastops needs a C++ compiler: install g++ >= 12 (Debian: apt install g++) or set CXX"
-        )
+        sys.exit("fastops needs a C++ compiler: install g++ >= 12 (Debian: apt install g++) or set CXX")
 
 
 def torch_here() -> metadata.Distribution | None:
@@ -119,9 +117,7 @@ def build_tools() -> list[str]:
 
 def main(extra: str) -> None:
     if sys.version_info < (3, 11):  # noqa: UP036 - checked at run time: this is what a newcomer meets first
-        sys.exit(
-            f"fastops needs Python 3.11 or later, this is {sys.version.split()[0]}: make PYTHON=..."
-        )
+        sys.exit(f"fastops needs Python 3.11 or later, this is {sys.version.split()[0]}: make PYTHON=...")
     need_compiler()
     digest = hashlib.sha256()
     for name in ("pyproject.toml", "setup.py", "tools/environment.py"):

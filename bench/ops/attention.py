@@ -60,8 +60,9 @@ def cases(shapes: list[Shape], dtypes: list[str]) -> list[Case]:
             flops, size = work(s, dtype)
             kind = {"prefill": "compute", "mixed": "compute", "decode": "memory", "call": "latency"}[s.phase]
             sdpa = torch_sdpa(s)
+            kw = {"causal": s.sq > 1, "window": window(s)}
             run = {
-                "fastops": lambda x, w=window(s), c=s.sq > 1: fastops.attention(*x[:3], causal=c, window=w),
+                "fastops": lambda x, kw=kw: fastops.attention(*x[:3], **kw),
                 "torch": sdpa,
                 "torch-compile": torch.compile(sdpa, dynamic=False),
             }

@@ -32,8 +32,8 @@ inline float to_f32(f16 x) {
   const uint32_t rest = static_cast<uint32_t>(x.bits & 0x7fffu) << 13;
   // A half exponent field of 31 (inf, NaN) must become 255; all others only need the bias moved, which a
   // multiplication by 2^112 does for subnormals too.
-  const float moved =
-      rest >= 0x0f800000u ? detail::as_float(rest | 0x7f800000u) : detail::as_float(rest) * detail::as_float(0x77800000u);
+  const float moved = rest >= 0x0f800000u ? detail::as_float(rest | 0x7f800000u)
+                                          : detail::as_float(rest) * detail::as_float(0x77800000u);
   return detail::as_float(detail::as_bits(moved) | sign);
 }
 

@@ -76,7 +76,8 @@ int find(const char* name) {
 
 Isa best() {
   for (int i = kCount - 1; i > 0; --i)
-    if (static_cast<Isa>(i) != Isa::amx_emu && isa_compiled(static_cast<Isa>(i)) && isa_supported(static_cast<Isa>(i))) return static_cast<Isa>(i);
+    if (static_cast<Isa>(i) != Isa::amx_emu && isa_compiled(static_cast<Isa>(i)) && isa_supported(static_cast<Isa>(i)))
+      return static_cast<Isa>(i);
   return Isa::scalar;
 }
 
@@ -92,8 +93,8 @@ struct FromEnvironment {
     if (name == nullptr || *name == '\0' || std::strcmp(name, "auto") == 0) return;
     const int i = find(name);
     if (i < 0) {
-      std::snprintf(refusal, sizeof refusal, "FASTOPS_ISA is '%.64s', known: auto, amx, avx512_bf16, avx512, avx2, scalar",
-                    name);
+      std::snprintf(refusal, sizeof refusal,
+                    "FASTOPS_ISA is '%.64s', known: auto, amx, avx512_bf16, avx512, avx2, scalar", name);
     } else if (!isa_compiled(static_cast<Isa>(i)) || !isa_supported(static_cast<Isa>(i))) {
       std::snprintf(refusal, sizeof refusal, "FASTOPS_ISA is '%s', which this %s lacks", name,
                     isa_compiled(static_cast<Isa>(i)) ? "machine" : "build");
@@ -150,7 +151,8 @@ extern "C" {
 #define FASTOPS_STR2(x) #x
 #define FASTOPS_STR(x) FASTOPS_STR2(x)
 const char* fastops_version(void) {
-  return FASTOPS_STR(FASTOPS_VERSION_MAJOR) "." FASTOPS_STR(FASTOPS_VERSION_MINOR) "." FASTOPS_STR(FASTOPS_VERSION_PATCH);
+  return FASTOPS_STR(FASTOPS_VERSION_MAJOR) "." FASTOPS_STR(FASTOPS_VERSION_MINOR) "." FASTOPS_STR(
+      FASTOPS_VERSION_PATCH);
 }
 
 const char* const* fastops_isa_names(void) { return kBestFirst; }

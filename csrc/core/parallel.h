@@ -7,8 +7,8 @@
 
 namespace fastops {
 
-// Calls f(item, worker) once for each item in [0, n). Workers (at most env.num_threads) take the next item when they are
-// done with one, so uneven items balance; `worker` < env.num_threads picks the scratch. One worker runs inline.
+// Calls f(item, worker) once for each item in [0, n). Workers (at most env.num_threads) take the next item when they
+// are done with one, so uneven items balance; `worker` < env.num_threads picks the scratch. One worker runs inline.
 template <class F>
 void parallel_items(const fastops_env& env, int64_t n, F&& f) {
   const int64_t workers = env.num_threads < n ? env.num_threads : n;

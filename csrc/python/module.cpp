@@ -14,24 +14,30 @@ namespace py = pybind11;
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Control plane of the fastops core library.";
   m.def("version", &fastops_version);
-  m.def("isa_names", [] {
-    std::vector<std::string> names;
-    for (const char* const* n = fastops_isa_names(); *n; ++n) names.emplace_back(*n);
-    return names;
-  }, "Names of the instruction-set variants, best first.");
+  m.def(
+      "isa_names",
+      [] {
+        std::vector<std::string> names;
+        for (const char* const* n = fastops_isa_names(); *n; ++n) names.emplace_back(*n);
+        return names;
+      },
+      "Names of the instruction-set variants, best first.");
   m.def("isa_compiled", [](const std::string& n) { return fastops_isa_compiled(n.c_str()) != 0; });
   m.def("isa_supported", [](const std::string& n) { return fastops_isa_supported(n.c_str()) != 0; });
   m.def("isa_active", &fastops_isa_active);
   m.def("isa_refusal", &fastops_isa_refusal, "Why FASTOPS_ISA cannot be had, or None.");
-  m.def("isa_set", [](const std::string& name) {
-    char message[FASTOPS_MESSAGE_SIZE] = "";
-    const fastops_status status = fastops_isa_set(name.c_str(), message);
-    if (status == FASTOPS_ERR_VALUE) throw py::value_error(message);
-    if (status != FASTOPS_OK) {
-      PyErr_SetString(PyExc_NotImplementedError, message);
-      throw py::error_already_set();
-    }
-  }, py::arg("name"), "Forces a variant for the process; 'auto' lifts that.");
+  m.def(
+      "isa_set",
+      [](const std::string& name) {
+        char message[FASTOPS_MESSAGE_SIZE] = "";
+        const fastops_status status = fastops_isa_set(name.c_str(), message);
+        if (status == FASTOPS_ERR_VALUE) throw py::value_error(message);
+        if (status != FASTOPS_OK) {
+          PyErr_SetString(PyExc_NotImplementedError, message);
+          throw py::error_already_set();
+        }
+      },
+      py::arg("name"), "Forces a variant for the process; 'auto' lifts that.");
   m.def("last_variant", &fastops_torch_last_variant, "The variant the last operator call on this thread ran.");
   m.def("build_info", [] {
     py::dict d;

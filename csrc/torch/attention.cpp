@@ -213,8 +213,7 @@ Tensor sdpa(Tensor query, Tensor key, Tensor value, OptTensor mask, double dropo
   d.q = as_bshd(query, "query");
   d.k = as_bshd(key, "key");
   d.v = as_bshd(value, "value");
-  if (dropout_p != 0.0)
-    raise(FASTOPS_ERR_UNSUPPORTED, "scaled_dot_product_attention: the CPU kernel has no dropout");
+  if (dropout_p != 0.0) raise(FASTOPS_ERR_UNSUPPORTED, "scaled_dot_product_attention: the CPU kernel has no dropout");
   if (is_causal && mask)
     raise(FASTOPS_ERR_VALUE, "scaled_dot_product_attention: give attn_mask or is_causal, not both");
   if (!enable_gqa && d.q.size[2] != d.k.size[2])

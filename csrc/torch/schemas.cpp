@@ -2,12 +2,12 @@
 // kernels and autograd live in fastops/ops/. Without return_lse the LSE is an empty tensor.
 #include "torch/tensor.h"
 
-#define TAIL                                                                                            \
+#define TAIL                                                                                           \
   "bool causal=False, float? scale=None, int window_left=-1, int window_right=-1, float softcap=0.0, " \
   "Tensor? sinks=None, Tensor? alibi_slopes=None"
 #define DENSE "Tensor q, Tensor k, Tensor v, *, " TAIL ", Tensor? attn_mask=None, bool top_left=False"
 #define VARLEN "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, *, " TAIL
-#define PAGED                                                                                                        \
+#define PAGED \
   "Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, Tensor? cu_seqlens_q=None, *, " TAIL
 #define RETURNS ", bool return_lse=False) -> (Tensor, Tensor)"
 #define GRADIENTS ") -> (Tensor, Tensor, Tensor, Tensor)"

@@ -1,4 +1,5 @@
-// torch tensors as C API views, outputs, threads and scratch: all that a binding needs (docs/design/001-torch-binding.md).
+// torch tensors as C API views, outputs, threads and scratch: all that a binding needs
+// (docs/design/001-torch-binding.md).
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -26,14 +27,22 @@ inline int32_t dtype_of(const Tensor& t) {
   int32_t dtype = 0;
   check_shim(aoti_torch_get_dtype(t.get(), &dtype));
   switch (static_cast<ScalarType>(dtype)) {
-    case ScalarType::Float: return FASTOPS_F32;
-    case ScalarType::Half: return FASTOPS_F16;
-    case ScalarType::BFloat16: return FASTOPS_BF16;
-    case ScalarType::Int: return FASTOPS_I32;
-    case ScalarType::Long: return FASTOPS_I64;
-    case ScalarType::Bool: return FASTOPS_BOOL;
-    case ScalarType::Double: return FASTOPS_F64;
-    default: return FASTOPS_DTYPE_NONE;
+    case ScalarType::Float:
+      return FASTOPS_F32;
+    case ScalarType::Half:
+      return FASTOPS_F16;
+    case ScalarType::BFloat16:
+      return FASTOPS_BF16;
+    case ScalarType::Int:
+      return FASTOPS_I32;
+    case ScalarType::Long:
+      return FASTOPS_I64;
+    case ScalarType::Bool:
+      return FASTOPS_BOOL;
+    case ScalarType::Double:
+      return FASTOPS_F64;
+    default:
+      return FASTOPS_DTYPE_NONE;
   }
 }
 

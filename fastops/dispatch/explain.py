@@ -27,10 +27,7 @@ class Explanation:
         variant = f" / {self.variant}" if self.variant else ""
         lines = [f"{self.op} {self.summary} -> {self.chosen}{variant}{how}"]
         for name, reason in self.reasons.items():
-            if name == self.chosen:
-                note = "chosen"
-            else:
-                note = "could run, lower priority" if reason is None else reason
+            note = "chosen" if name == self.chosen else "could run, lower priority" if reason is None else reason
             lines.append(f"  {name:<10}{note}")
         return "\n".join(lines)
 

@@ -52,9 +52,7 @@ class Operator:
         out: dict[str, str | None] = {}
         for provider in PROVIDERS:
             row = self.row(provider)
-            out[provider] = (
-                row.why_not(call) if row else f"{self.name} has no {provider} implementation yet"
-            )
+            out[provider] = row.why_not(call) if row else f"{self.name} has no {provider} implementation yet"
         return out
 
     def choose(self, call: Call, forced: str | None) -> Implementation:
@@ -105,21 +103,15 @@ class Operator:
         return row
 
     def _fallback(self, call: Call) -> None:
-        reasons = "; ".join(
-            f"{n}: {r}" for n, r in self.reasons(call).items() if n != "reference" and r is not None
-        )
+        reasons = "; ".join(f"{n}: {r}" for n, r in self.reasons(call).items() if n != "reference" and r is not None)
         if STRICT:
             raise NotSupportedError(f"{self.name}: only the reference can run this call ({reasons})")
         if reasons in self._warned:
             return
         self._warned.add(reasons)
-        warnings.warn(
-            f"{self.name} runs on the plain-torch reference ({reasons})", FallbackWarning, stacklevel=5
-        )
+        warnings.warn(f"{self.name} runs on the plain-torch reference ({reasons})", FallbackWarning, stacklevel=5)
 
-    def _refused(
-        self, error: Exception, row: Implementation, forced: str | None, args: Any, kwargs: Any
-    ) -> Any:
+    def _refused(self, error: Exception, row: Implementation, forced: str | None, args: Any, kwargs: Any) -> Any:
         """A kernel said no: phrase it, or (where it only lacks the feature) try the reference."""
         self.validate(*args, **kwargs)
         typed = translate(error)

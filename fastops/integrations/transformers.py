@@ -30,7 +30,9 @@ def register(name: str = NAME) -> str:
     try:
         import transformers
     except ImportError as error:
-        raise ImportError('fastops.integrations.transformers needs transformers: pip install "transformers>=5"') from error
+        raise ImportError(
+            'fastops.integrations.transformers needs transformers: pip install "transformers>=5"'
+        ) from error
     found = tuple(int(x) for x in transformers.__version__.split(".")[:2])
     if found < _TESTED:
         raise ImportError(f"fastops needs transformers 5.0 or newer, found {transformers.__version__}")
@@ -95,7 +97,11 @@ def _is_sliding(mask_function: Any) -> bool:
     if getattr(mask_function, "__qualname__", "") != "and_masks.<locals>.and_mask" or len(parts) != 1:
         return False
     names = sorted(getattr(f, "__qualname__", "") for f in parts[0])
-    return len(names) == 2 and causal_mask_function in parts[0] and names[1] == "sliding_window_overlay.<locals>.inner_mask"
+    return (
+        len(names) == 2
+        and causal_mask_function in parts[0]
+        and names[1] == "sliding_window_overlay.<locals>.inner_mask"
+    )
 
 
 def attention_forward(
@@ -126,9 +132,7 @@ def attention_forward(
     if attention_mask is not None:
         if attention_mask.shape[-1] > k.shape[1]:
             attention_mask = attention_mask[..., : k.shape[1]]
-        out = fastops.attention(
-            q, k, v, scale=scaling, softcap=softcap or 0.0, sinks=s_aux, attn_mask=attention_mask
-        )
+        out = fastops.attention(q, k, v, scale=scaling, softcap=softcap or 0.0, sinks=s_aux, attn_mask=attention_mask)
         return out, None
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     if not causal:
@@ -146,7 +150,9 @@ def _unusual(kwargs: dict[str, Any]) -> bool:
     return kwargs.get("position_bias") is not None or kwargs.get("cache") is not None
 
 
-def _sdpa(module: torch.nn.Module, query: Tensor, *args: Any, softcap: Any = None, s_aux: Any = None, **kwargs: Any) -> Any:
+def _sdpa(
+    module: torch.nn.Module, query: Tensor, *args: Any, softcap: Any = None, s_aux: Any = None, **kwargs: Any
+) -> Any:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if softcap or s_aux is not None:
@@ -175,6 +181,8 @@ def growing_cache(config: Any) -> Any:
         def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
+            assert self.keys is not None
+            assert self.values is not None
             self.room_k, self.keys = _append(self.room_k, self.keys, key_states)
             self.room_v, self.values = _append(self.room_v, self.values, value_states)
             return self.keys, self.values
@@ -191,7 +199,7 @@ def _append(room: Tensor | None, past: Tensor, new: Tensor) -> tuple[Tensor, Ten
     n = past.shape[-2] if past.numel() else 0
     end = n + new.shape[-2]
     kept = room is not None and n > 0 and past.data_ptr() == room.data_ptr() and past.shape[0] == room.shape[0]
-    if room is None or not kept or end > room.shape[-2] or torch.is_grad_enabled() and new.requires_grad:
+    if room is None or not kept or end > room.shape[-2] or (torch.is_grad_enabled() and new.requires_grad):
         capacity = max(2 * end, 256)
         room = new.new_empty((*new.shape[:-2], capacity, new.shape[-1]))
         if n:

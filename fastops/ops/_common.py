@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -50,9 +51,7 @@ def check_qkv(op: str, q: Any, k: Any, v: Any, names: tuple[str, str, str], any_
             raise TypeError(f"{op}: {name} is {name_of(t.dtype)}, allowed: {known}")
     for name, t in zip(names[1:], (k, v), strict=True):
         if t.dtype != q.dtype:
-            raise TypeError(
-                f"{op}: {name} is {name_of(t.dtype)}, {names[0]} is {name_of(q.dtype)}; they must agree"
-            )
+            raise TypeError(f"{op}: {name} is {name_of(t.dtype)}, {names[0]} is {name_of(q.dtype)}; they must agree")
         if t.device != q.device:
             raise TypeError(f"{op}: {name} is on {t.device}, {names[0]} on {q.device}; they must agree")
     hq, hkv, d, dv = q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1]
@@ -64,8 +63,7 @@ def check_qkv(op: str, q: Any, k: Any, v: Any, names: tuple[str, str, str], any_
         )
     if (hkv == 0 and hq != 0) or (hkv and hq % hkv):
         raise ValueError(
-            f"{op}: {names[0]} has {hq} heads, {names[1]} has {hkv}; need Hq % Hkv == 0. "
-            "Hint: expand or repack K/V."
+            f"{op}: {names[0]} has {hq} heads, {names[1]} has {hkv}; need Hq % Hkv == 0. Hint: expand or repack K/V."
         )
     for label, size in (("D", d), ("Dv", dv)):
         if not any_dim and (size % 8 or not 8 <= size <= MAX_HEAD_DIM):
@@ -122,7 +120,7 @@ def check_cu(op: str, name: str, cu: Tensor, rows: int, of: str) -> None:
     values = cu.tolist()
     if values[0] != 0:
         raise ValueError(f"{op}: {name}[0] must be 0, got {values[0]}")
-    for i, (a, b) in enumerate(zip(values, values[1:], strict=False)):
+    for i, (a, b) in enumerate(itertools.pairwise(values)):
         if b < a:
             raise ValueError(f"{op}: {name} must not decrease, but [{i}] is {a} and [{i + 1}] is {b}")
     if values[-1] > rows:
@@ -184,6 +182,7 @@ def attend(
     alibi_slopes: Tensor | None = None,
     attn_mask: Tensor | None = None,
     top_left: bool = False,
+    dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """The meaning of attention: q [B,Sq,Hq,D], k [B,Sk,Hkv,D], v [B,Sk,Hkv,Dv] -> out [B,Sq,Hq,Dv], lse [B,Hq,Sq].
 
@@ -221,13 +220,13 @@ def attend(
         total = total + torch.exp(sink - top)
     empty = total == 0
     safe = torch.where(empty, torch.ones_like(total), total)
-    out = _weigh(p / safe, vw)
+    out = _weigh(torch.dropout(p / safe, dropout_p, dropout_p > 0), vw)
     lse = torch.where(empty, torch.full_like(total, -math.inf), top + torch.log(safe))
     return out.transpose(1, 2).to(q.dtype), lse.squeeze(-1).to(torch.float32 if wide is torch.float32 else wide)
 
 
 def _weigh(p: Tensor, v: Tensor) -> Tensor:
-    """p @ v where a probability of 0 silences its key, whatever the value: an inf or NaN reaches only rows that see it."""
+    """p @ v where a probability of 0 silences its key: an inf or NaN value reaches only the rows that see it."""
     if torch.compiler.is_compiling() or bool(torch.isfinite(v).all()):
         return p @ v
     weights = p[..., None]

@@ -67,9 +67,7 @@ def attend(
     for b in range(len(cu_q) - 1):
         q_rows, k_rows = slice(cu_q[b], cu_q[b + 1]), slice(cu_k[b], cu_k[b + 1])
         mine = slopes[b] if slopes is not None and slopes.dim() == 2 else slopes
-        out, lse = common.attend(
-            q[None, q_rows], k[None, k_rows], v[None, k_rows], alibi_slopes=mine, **options
-        )
+        out, lse = common.attend(q[None, q_rows], k[None, k_rows], v[None, k_rows], alibi_slopes=mine, **options)
         outs.append(out[0])
         lses.append(lse[0])
     left = q.shape[0] - cu_q[-1]

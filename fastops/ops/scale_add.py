@@ -17,9 +17,8 @@ MAX_DIMS = 5  # FASTOPS_MAX_DIMS
 
 
 def validate(x: Tensor, y: Tensor, *, alpha: float = 1.0, out: Tensor | None = None) -> None:
-    for name, t in (("x", x), ("y", y), ("out", out)):
-        if name == "out" and t is None:
-            continue
+    given = [("x", x), ("y", y)] if out is None else [("x", x), ("y", y), ("out", out)]
+    for name, t in given:
         common.require_tensor(NAME, name, t)
         if t.dtype not in common.FLOATS:
             known = ", ".join(map(common.name_of, common.FLOATS))
@@ -30,9 +29,7 @@ def validate(x: Tensor, y: Tensor, *, alpha: float = 1.0, out: Tensor | None = N
                 f"x {common.name_of(x.dtype)} on {x.device}; they must agree"
             )
         if t.shape != x.shape:
-            raise ValueError(
-                f"{NAME}: {name} has shape {list(t.shape)}, x {list(x.shape)}; they must agree"
-            )
+            raise ValueError(f"{NAME}: {name} has shape {list(t.shape)}, x {list(x.shape)}; they must agree")
 
 
 def describe(x: Tensor, y: Tensor, *, alpha: float = 1.0, out: Tensor | None = None) -> Call:

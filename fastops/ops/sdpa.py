@@ -41,7 +41,9 @@ def validate(
     if key.shape[-1] != query.shape[-1]:
         raise ValueError(f"{NAME}: key has head size {key.shape[-1]}, query {query.shape[-1]}; they must agree")
     if key.shape[:-1] != value.shape[:-1]:
-        raise ValueError(f"{NAME}: value has shape {list(value.shape)}, must match key {list(key.shape)} but for the last")
+        raise ValueError(
+            f"{NAME}: value has shape {list(value.shape)}, must match key {list(key.shape)} but for the last"
+        )
     if is_causal and attn_mask is not None:
         raise ValueError(f"{NAME}: give attn_mask or is_causal=True, not both")
     if not 0.0 <= dropout_p <= 1.0:

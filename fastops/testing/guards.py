@@ -20,7 +20,9 @@ def guarded(t: Tensor, end: bool = True) -> Tensor:
     page = mmap.PAGESIZE
     nbytes = max(t.numel() * t.element_size(), 1)
     room = -(-nbytes // page) * page
-    base = _libc.mmap(None, room + 2 * page, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+    base = _libc.mmap(
+        None, room + 2 * page, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0
+    )
     if base in (None, ctypes.c_void_p(-1).value):
         raise MemoryError("mmap failed")
     for fence in (base, base + page + room):

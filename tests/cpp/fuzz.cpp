@@ -1,6 +1,7 @@
-// Random descriptors at the C API. Each starts as a valid call and has a few fields replaced by odd values. Whatever comes:
-// no crash, a known status, a sentence with every refusal; and a call that check() accepts and whose memory is really
-// there runs, stays inside its tensors (they end at unreadable pages) and gives the same bits on 1 and 3 threads.
+// Random descriptors at the C API. Each starts as a valid call and has a few fields replaced by odd values. Whatever
+// comes: no crash, a known status, a sentence with every refusal; and a call that check() accepts and whose memory is
+// really there runs, stays inside its tensors (they end at unreadable pages) and gives the same bits on 1 and 3
+// threads.
 //   fuzz SEED COUNT     deterministic; prints the seed of the descriptor under test when something is wrong
 #include <sys/mman.h>
 #include <unistd.h>
@@ -19,14 +20,14 @@
 namespace {
 
 uint64_t g_seed = 0;
-#define REQUIRE(condition, ...)                                                                   \
-  do {                                                                                            \
-    if (!(condition)) {                                                                           \
+#define REQUIRE(condition, ...)                                                                     \
+  do {                                                                                              \
+    if (!(condition)) {                                                                             \
       std::fprintf(stderr, "seed %llu: " #condition ": ", static_cast<unsigned long long>(g_seed)); \
-      std::fprintf(stderr, __VA_ARGS__);                                                          \
-      std::fprintf(stderr, "\n");                                                                 \
-      std::exit(1);                                                                               \
-    }                                                                                             \
+      std::fprintf(stderr, __VA_ARGS__);                                                            \
+      std::fprintf(stderr, "\n");                                                                   \
+      std::exit(1);                                                                                 \
+    }                                                                                               \
   } while (0)
 
 struct Random {
@@ -64,10 +65,16 @@ Region& region(int slot) {
 
 int64_t bytes_of(int32_t dtype) {
   switch (dtype) {
-    case FASTOPS_F16: case FASTOPS_BF16: return 2;
-    case FASTOPS_BOOL: return 1;
-    case FASTOPS_I64: case FASTOPS_F64: return 8;
-    default: return 4;
+    case FASTOPS_F16:
+    case FASTOPS_BF16:
+      return 2;
+    case FASTOPS_BOOL:
+      return 1;
+    case FASTOPS_I64:
+    case FASTOPS_F64:
+      return 8;
+    default:
+      return 4;
   }
 }
 
@@ -104,8 +111,9 @@ bool in_memory(int slot, const fastops_tensor& t) {
 bool overlaps_itself(const fastops_tensor& t) {  // roughly: enough to leave out results that depend on who writes last
   for (int i = 0; i < t.ndim; ++i)
     for (int j = 0; j < t.ndim; ++j)
-      if (t.size[i] > 1 && (t.stride[i] == 0 || (i != j && t.size[j] > 1 && std::llabs(t.stride[i]) < t.size[j] * std::llabs(t.stride[j]) &&
-                                                 std::llabs(t.stride[i]) >= std::llabs(t.stride[j]))))
+      if (t.size[i] > 1 && (t.stride[i] == 0 ||
+                            (i != j && t.size[j] > 1 && std::llabs(t.stride[i]) < t.size[j] * std::llabs(t.stride[j]) &&
+                             std::llabs(t.stride[i]) >= std::llabs(t.stride[j]))))
         return true;
   return false;
 }
@@ -121,9 +129,15 @@ void spoil_number(Random& r, int64_t* x, bool wild) {
 // Index tensors are read by check(), so what they claim must be there: only small sizes and strides.
 void spoil_tensor(Random& r, fastops_tensor* t, bool is_index) {
   switch (r.below(is_index ? 4 : 6)) {
-    case 0: t->dtype = static_cast<int32_t>(r.pick({-1, 0, 1, 2, 3, 4, 5, 6, 7, 8, 1000})); break;
-    case 1: t->ndim = static_cast<int32_t>(r.below(FASTOPS_MAX_DIMS + 1)); break;
-    case 2: *t = fastops_tensor{}; break;
+    case 0:
+      t->dtype = static_cast<int32_t>(r.pick({-1, 0, 1, 2, 3, 4, 5, 6, 7, 8, 1000}));
+      break;
+    case 1:
+      t->ndim = static_cast<int32_t>(r.below(FASTOPS_MAX_DIMS + 1));
+      break;
+    case 2:
+      *t = fastops_tensor{};
+      break;
     case 3:
       if (is_index) {
         if (t->ndim > 0) t->size[0] = std::max<int64_t>(0, t->size[0] + r.pick({-1, -2}));
@@ -131,8 +145,12 @@ void spoil_tensor(Random& r, fastops_tensor* t, bool is_index) {
         t->data = nullptr;
       }
       break;
-    case 4: spoil_number(r, &t->size[r.below(FASTOPS_MAX_DIMS)], r.one_in(2)); break;
-    default: spoil_number(r, &t->stride[r.below(FASTOPS_MAX_DIMS)], r.one_in(2)); break;
+    case 4:
+      spoil_number(r, &t->size[r.below(FASTOPS_MAX_DIMS)], r.one_in(2));
+      break;
+    default:
+      spoil_number(r, &t->stride[r.below(FASTOPS_MAX_DIMS)], r.one_in(2));
+      break;
   }
 }
 
@@ -199,8 +217,9 @@ void run(Run call, Need need, std::initializer_list<int> outs, bool compare) {
 
 void fuzz_attention(Random& r) {
   const int32_t dtype = static_cast<int32_t>(r.pick({FASTOPS_F32, FASTOPS_F16, FASTOPS_BF16}));
-  const int64_t B = 1 + r.below(3), Hkv = 1 + r.below(2), H = Hkv * (1 + r.below(4)), Sq = r.below(r.one_in(3) ? 40 : 4),
-                Sk = r.below(r.one_in(8) ? 400 : 40), D = 8 * (1 + r.below(9)), Dv = r.one_in(2) ? D : 8 * (1 + r.below(9));
+  const int64_t B = 1 + r.below(3), Hkv = 1 + r.below(2), H = Hkv * (1 + r.below(4)),
+                Sq = r.below(r.one_in(3) ? 40 : 4), Sk = r.below(r.one_in(8) ? 400 : 40), D = 8 * (1 + r.below(9)),
+                Dv = r.one_in(2) ? D : 8 * (1 + r.below(9));
   const int layout = static_cast<int>(r.below(3));
   fastops_attention_desc d{};
   d.struct_size = sizeof d;
@@ -221,7 +240,8 @@ void fuzz_attention(Random& r) {
     d.v = dense(V, dtype, {B, Sk, Hkv, Dv});
     d.out = dense(OUT, dtype, {B, Sq, H, Dv});
     d.lse = dense(LSE, FASTOPS_F32, {B, H, Sq});
-    if (r.one_in(3)) d.bias = dense(BIAS, static_cast<int32_t>(r.pick({FASTOPS_F32, FASTOPS_BOOL, dtype})), {B, H, Sq, Sk});
+    if (r.one_in(3))
+      d.bias = dense(BIAS, static_cast<int32_t>(r.pick({FASTOPS_F32, FASTOPS_BOOL, dtype})), {B, H, Sq, Sk});
   } else {
     d.q = dense(Q, dtype, {B * Sq, H, D});
     d.out = dense(OUT, dtype, {B * Sq, H, Dv});
@@ -240,8 +260,12 @@ void fuzz_attention(Random& r) {
       for (int64_t i = 0; i < P; ++i) static_cast<int32_t*>(d.block_table.data)[i] = static_cast<int32_t>(r.below(P));
       for (int64_t b = 0; b < B; ++b) static_cast<int32_t*>(d.seq_lens.data)[b] = static_cast<int32_t>(Sk);
       if (r.one_in(2)) d.cu_seqlens_q = fastops_tensor{};
-      if (r.one_in(6)) static_cast<int32_t*>(d.block_table.data)[r.below(P)] = static_cast<int32_t>(r.pick({-1, P, INT32_MAX, INT32_MIN}));
-      if (r.one_in(6)) static_cast<int32_t*>(d.seq_lens.data)[r.below(B)] = static_cast<int32_t>(r.pick({-1, 0, pages * page, pages * page + 1, INT32_MAX, INT32_MIN}));
+      if (r.one_in(6))
+        static_cast<int32_t*>(d.block_table.data)[r.below(P)] =
+            static_cast<int32_t>(r.pick({-1, P, INT32_MAX, INT32_MIN}));
+      if (r.one_in(6))
+        static_cast<int32_t*>(d.seq_lens.data)[r.below(B)] =
+            static_cast<int32_t>(r.pick({-1, 0, pages * page, pages * page + 1, INT32_MAX, INT32_MIN}));
     }
   }
   if (r.one_in(8)) cu_q[r.below(B + 1)] = static_cast<int32_t>(r.pick({-1, 0, 1, 1000, INT32_MAX, INT32_MIN}));
@@ -250,13 +274,20 @@ void fuzz_attention(Random& r) {
   if (r.one_in(4)) d.alibi_slopes = r.one_in(2) ? dense(SLOPES, FASTOPS_F32, {H}) : dense(SLOPES, FASTOPS_F32, {B, H});
   if (r.one_in(4)) d.lse = fastops_tensor{};
 
-  fastops_tensor* tensors[] = {&d.q, &d.k, &d.v, &d.out, &d.lse, &d.cu_seqlens_q, &d.cu_seqlens_k, &d.block_table, &d.seq_lens, &d.bias, &d.sinks, &d.alibi_slopes};
+  fastops_tensor* tensors[] = {
+      &d.q,           &d.k,        &d.v,    &d.out,   &d.lse,         &d.cu_seqlens_q, &d.cu_seqlens_k,
+      &d.block_table, &d.seq_lens, &d.bias, &d.sinks, &d.alibi_slopes};
   for (int64_t n = r.pick({0, 1, 1, 2, 3}); n > 0; --n) {
     const int64_t which = r.below(14);
-    if (which < 12) spoil_tensor(r, tensors[which], which >= CU_Q && which <= LENS);
-    else if (which == 12) d.struct_size = static_cast<uint32_t>(r.pick({0, 8, sizeof d - 8, sizeof d, sizeof d + 8, -1}));
-    else if (r.one_in(2)) spoil_number(r, r.one_in(2) ? &d.window_left : &d.window_right, true);
-    else (r.one_in(2) ? d.scale : d.softcap) = static_cast<float>(r.pick({-1, 0, 1, INT64_MAX})) * (r.one_in(2) ? 1.0f : std::numeric_limits<float>::quiet_NaN());
+    if (which < 12)
+      spoil_tensor(r, tensors[which], which >= CU_Q && which <= LENS);
+    else if (which == 12)
+      d.struct_size = static_cast<uint32_t>(r.pick({0, 8, sizeof d - 8, sizeof d, sizeof d + 8, -1}));
+    else if (r.one_in(2))
+      spoil_number(r, r.one_in(2) ? &d.window_left : &d.window_right, true);
+    else
+      (r.one_in(2) ? d.scale : d.softcap) = static_cast<float>(r.pick({-1, 0, 1, INT64_MAX})) *
+                                            (r.one_in(2) ? 1.0f : std::numeric_limits<float>::quiet_NaN());
   }
   char message[FASTOPS_MESSAGE_SIZE] = "";
   const fastops_status status = fastops_attention_check(&d, message);
@@ -283,7 +314,9 @@ void fuzz_merge_states(Random& r) {
   const int64_t B = 1 + r.below(3), S = r.below(40), H = 1 + r.below(4), D = 1 + r.below(64);
   const bool four = r.one_in(2);
   const auto state = [&](int slot) { return four ? dense(slot, dtype, {B, S, H, D}) : dense(slot, dtype, {S, H, D}); };
-  const auto sums = [&](int slot) { return four ? dense(slot, FASTOPS_F32, {B, H, S}) : dense(slot, FASTOPS_F32, {H, S}); };
+  const auto sums = [&](int slot) {
+    return four ? dense(slot, FASTOPS_F32, {B, H, S}) : dense(slot, FASTOPS_F32, {H, S});
+  };
   fastops_tensor outs[] = {state(Q), state(K), state(V)}, lses[] = {sums(BIAS), sums(SINKS), sums(SLOPES)};
   fastops_merge_states_desc d{};
   d.struct_size = sizeof d;
@@ -296,9 +329,12 @@ void fuzz_merge_states(Random& r) {
   const int slots[] = {Q, K, V, OUT, LSE, BIAS, SINKS, SLOPES};
   for (int64_t n = r.pick({0, 1, 1, 2}); n > 0; --n) {
     const int64_t which = r.below(9);
-    if (which < 8) spoil_tensor(r, tensors[which], false);
-    else if (r.one_in(2)) d.count = static_cast<int32_t>(r.pick({-1, 0, INT32_MIN}));
-    else d.struct_size = static_cast<uint32_t>(r.pick({0, sizeof d + 8}));
+    if (which < 8)
+      spoil_tensor(r, tensors[which], false);
+    else if (r.one_in(2))
+      d.count = static_cast<int32_t>(r.pick({-1, 0, INT32_MIN}));
+    else
+      d.struct_size = static_cast<uint32_t>(r.pick({0, sizeof d + 8}));
   }
   char message[FASTOPS_MESSAGE_SIZE] = "";
   const fastops_status status = fastops_merge_states_check(&d, message);
@@ -325,8 +361,10 @@ void fuzz_scale_add(Random& r) {
   fastops_tensor* tensors[] = {&d.x, &d.y, &d.out};
   const int slots[] = {Q, K, OUT};
   for (int64_t n = r.pick({0, 1, 1, 2}); n > 0; --n) {
-    if (r.one_in(12)) d.struct_size = static_cast<uint32_t>(r.pick({0, sizeof d + 8}));
-    else spoil_tensor(r, tensors[r.below(3)], false);
+    if (r.one_in(12))
+      d.struct_size = static_cast<uint32_t>(r.pick({0, sizeof d + 8}));
+    else
+      spoil_tensor(r, tensors[r.below(3)], false);
   }
   char message[FASTOPS_MESSAGE_SIZE] = "";
   const fastops_status status = fastops_scale_add_check(&d, message);
@@ -353,9 +391,12 @@ int main(int argc, char** argv) {
   for (g_seed = first; g_seed < first + count; ++g_seed) {
     Random r{std::mt19937_64(g_seed)};
     const int64_t which = r.below(8);
-    if (which == 0) fuzz_merge_states(r);
-    else if (which == 1) fuzz_scale_add(r);
-    else fuzz_attention(r);
+    if (which == 0)
+      fuzz_merge_states(r);
+    else if (which == 1)
+      fuzz_scale_add(r);
+    else
+      fuzz_attention(r);
   }
   std::printf("%d accepted, %d refused\n", g_count.accepted, g_count.refused);
   return g_count.accepted > 0 && g_count.refused > 0 ? 0 : 1;

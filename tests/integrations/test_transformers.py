@@ -5,7 +5,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from fastops.integrations.transformers import attention_mask, growing_cache, register
+from fastops.integrations.transformers import attention_mask, growing_cache, register  # noqa: E402
 
 register()
 register()  # again: must be harmless
@@ -67,7 +67,13 @@ def test_logits(name, padding):
 def test_generate(name, cache):
     eager, ours = models(name, "eager", "fastops")
     ids, mask = batch("left")
-    options = {"attention_mask": mask, "max_new_tokens": 14, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    options = {
+        "attention_mask": mask,
+        "max_new_tokens": 14,
+        "do_sample": False,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
     want = eager.generate(ids, **options)
     if cache == "static":
         options["cache_implementation"] = "static"
@@ -135,7 +141,9 @@ def test_gemma_270m():
 
     folder = prepared_folder(progress=lambda text: None)
     model, tokenizer = load(folder, torch.float32)
-    ids = tokenizer(["The capital of France is", "Once upon a time there was a small"], return_tensors="pt", padding=True)
+    ids = tokenizer(
+        ["The capital of France is", "Once upon a time there was a small"], return_tensors="pt", padding=True
+    )
     with torch.no_grad():
         want = model(**ids).logits
         model.set_attn_implementation("fastops")

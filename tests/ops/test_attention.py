@@ -30,7 +30,9 @@ def check(q, k, v, **options):
     return out
 
 
-def naive(q, k, v, causal=False, scale=None, window=(-1, -1), softcap=0.0, sinks=None, alibi_slopes=None, attn_mask=None):
+def naive(
+    q, k, v, causal=False, scale=None, window=(-1, -1), softcap=0.0, sinks=None, alibi_slopes=None, attn_mask=None
+):
     """Attention as torch computes it in the inputs' own precision."""
     dtype, group = q.dtype, q.shape[2] // k.shape[2]
     q, k, v = (t.transpose(1, 2) for t in (q, k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)))
@@ -177,7 +179,9 @@ def test_large_scores_do_not_overflow(isa):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("b", "sq", "sk", "hkv", "group"), [(1, 1, 3000, 2, 4), (2, 70, 500, 2, 2), (1, 600, 600, 1, 1)])
+@pytest.mark.parametrize(
+    ("b", "sq", "sk", "hkv", "group"), [(1, 1, 3000, 2, 4), (2, 70, 500, 2, 2), (1, 600, 600, 1, 1)]
+)
 def test_same_bits_for_any_number_of_threads(isa, dtype, b, sq, sk, hkv, group):
     q, k, v = inputs(b, sq, sk, hkv, group, 64, 64, dtype)
     before = torch.get_num_threads()
@@ -272,7 +276,9 @@ def test_last_dimension_must_be_dense():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("sq", "sk", "group", "d", "dv"), [(9, 14, 2, 32, 40), (70, 130, 3, 72, 64), (1, 200, 4, 64, 64)])
+@pytest.mark.parametrize(
+    ("sq", "sk", "group", "d", "dv"), [(9, 14, 2, 32, 40), (70, 130, 3, 72, 64), (1, 200, 4, 64, 64)]
+)
 def test_gradients(isa, dtype, sq, sk, group, d, dv):
     q, k, v = inputs(2, sq, sk, 2, group, d, dv, dtype)
     heads = 2 * group
@@ -282,6 +288,7 @@ def test_gradients(isa, dtype, sq, sk, group, d, dv):
         {"alibi_slopes": torch.rand(heads)}, {"attn_mask": torch.rand(sq, sk) < 0.7}, {"attn_mask": torch.randn(sq, sk)},
     ]  # fmt: skip
     for options in cases:
+
         def run(fn, cast, options=options):
             leaves = [cast(t).detach().requires_grad_() for t in (q, k, v)]
             opts = {n: cast(t) if torch.is_tensor(t) and t.dtype != torch.bool else t for n, t in options.items()}
@@ -329,6 +336,7 @@ def test_gradcheck_through_out_lse_and_sinks():
     q, k, v = (t.double().requires_grad_() for t in inputs(1, 4, 6, 1, 2, 8, 8, torch.float32))
     sinks = torch.randn(2, dtype=torch.float64, requires_grad=True)
     with fastops.override(attention="reference"):
+
         def fn(q, k, v, s):
             return fastops.attention(q, k, v, causal=True, window=(3, -1), sinks=s, softcap=3.0, return_lse=True)
 

@@ -24,7 +24,11 @@ def ragged(lens_q, lens_k, hkv=2, group=2, d=64, dtype=torch.float32, tail=0):
 )
 def test_matches_each_sequence(isa, dtype, lens_q, lens_k):
     args = ragged(lens_q, lens_k, dtype=dtype)
-    for options in ({}, {"causal": True}, {"window": (9, 2), "sinks": torch.randn(4), "alibi_slopes": torch.rand(len(lens_q), 4)}):
+    for options in (
+        {},
+        {"causal": True},
+        {"window": (9, 2), "sinks": torch.randn(4), "alibi_slopes": torch.rand(len(lens_q), 4)},
+    ):
         out, lse = fastops.attention_varlen(*args, return_lse=True, **options)
         q, k, v, cu_q, cu_k = args
         exact, exact_lse = attend(q.double(), k.double(), v.double(), cu_q, cu_k, **options)
@@ -56,6 +60,7 @@ def test_out_argument():
 
 def test_gradients():
     q, k, v, cu_q, cu_k = ragged([4, 0, 7], [6, 3, 9])
+
     def grads(fn):
         leaves = [t.detach().clone().requires_grad_() for t in (q, k, v)]
         fn(*leaves).square().sum().backward()

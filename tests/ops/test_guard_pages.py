@@ -16,8 +16,13 @@ def fence(end, *tensors):
 @pytest.mark.parametrize("d", [8, 24, 64, 72, 136, 256])
 def test_dense(isa, dtype, end, d):
     for sq, sk, hkv, group in ((1, 37, 2, 1), (3, 130, 1, 2), (50, 70, 1, 1), (2, 5, 3, 3)):
-        q, k, v = fence(end, *(torch.randn(1, s, h, n).to(dtype) for s, h, n in
-                               ((sq, hkv * group, d), (sk, hkv, d), (sk, hkv, 264 - d))))
+        q, k, v = fence(
+            end,
+            *(
+                torch.randn(1, s, h, n).to(dtype)
+                for s, h, n in ((sq, hkv * group, d), (sk, hkv, d), (sk, hkv, 264 - d))
+            ),
+        )
         out = guarded(torch.empty(1, sq, hkv * group, 264 - d, dtype=dtype), end)
         extra = fence(end, torch.randn(hkv * group), torch.rand(hkv * group))
         mask = guarded(torch.rand(1, hkv * group, sq, sk) < 0.9, end)
@@ -36,7 +41,9 @@ def test_paged_and_varlen(isa, dtype, end):
         table[0, : need[0]] = torch.arange(need[0])
         table[1, : need[1]] = torch.arange(need[0], sum(need))
         q = guarded(torch.randn(6, 4, 40).to(dtype), end)
-        table, seq_lens, cu = fence(end, table, torch.tensor(lens, dtype=torch.int32), torch.tensor([0, 5, 6], dtype=torch.int32))
+        table, seq_lens, cu = fence(
+            end, table, torch.tensor(lens, dtype=torch.int32), torch.tensor([0, 5, 6], dtype=torch.int32)
+        )
         fastops.attention_paged(q, k, v, table, seq_lens, cu, causal=True, out=guarded(torch.empty_like(q), end))
     cu = guarded(torch.tensor([0, 2, 6], dtype=torch.int32), end)
     fastops.attention_varlen(q, q, q, cu, cu, causal=True, out=guarded(torch.empty_like(q), end))
@@ -49,8 +56,13 @@ def test_paged_and_varlen(isa, dtype, end):
 @pytest.mark.parametrize("d", [8, 40, 64])
 def test_backward(isa, dtype, end, d):
     for sq, sk in ((3, 5), (50, 70)):
-        q, k, v, dout = fence(end, *(torch.randn(1, s, h, n).to(dtype) for s, h, n in
-                                     ((sq, 4, d), (sk, 2, d), (sk, 2, 72 - d), (sq, 4, 72 - d))))
+        q, k, v, dout = fence(
+            end,
+            *(
+                torch.randn(1, s, h, n).to(dtype)
+                for s, h, n in ((sq, 4, d), (sk, 2, d), (sk, 2, 72 - d), (sq, 4, 72 - d))
+            ),
+        )
         sinks = guarded(torch.randn(4), end)
         out, lse = fastops.attention(q, k, v, causal=True, sinks=sinks, return_lse=True)
         out, lse = fence(end, out, lse)

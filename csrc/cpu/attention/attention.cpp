@@ -15,12 +15,18 @@ namespace fastops::cpu {
 const AttentionTable& attention_table_for(Isa isa) {
 #if defined(__x86_64__)
   switch (isa) {
-    case Isa::amx: return amx::attention_table;
-    case Isa::amx_emu: return amx_emu::attention_table;
-    case Isa::avx512_bf16: return avx512_bf16::attention_table;
-    case Isa::avx512: return avx512::attention_table;
-    case Isa::avx2: return avx2::attention_table;
-    default: return scalar::attention_table;
+    case Isa::amx:
+      return amx::attention_table;
+    case Isa::amx_emu:
+      return amx_emu::attention_table;
+    case Isa::avx512_bf16:
+      return avx512_bf16::attention_table;
+    case Isa::avx512:
+      return avx512::attention_table;
+    case Isa::avx2:
+      return avx2::attention_table;
+    default:
+      return scalar::attention_table;
   }
 #else
   (void)isa;
@@ -31,25 +37,25 @@ const AttentionTable& attention_table_for(Isa isa) {
 namespace {
 
 // Everything below depends on shapes and lengths alone: results must not change with the number of threads.
-constexpr int64_t kTargetItems = 32;          // enough for a big machine to share out
-constexpr int64_t kFewItems = 16;             // below this, long sequences are split
+constexpr int64_t kTargetItems = 32;  // enough for a big machine to share out
+constexpr int64_t kFewItems = 16;     // below this, long sequences are split
 constexpr int64_t kMinSplitKeys = 256;
 constexpr int64_t kPartialBudget = 384 << 10;  // bytes for all partial results
-constexpr int64_t kSerialWork = 300000;       // multiply-adds under which waking a thread costs more than it saves
+constexpr int64_t kSerialWork = 300000;        // multiply-adds under which waking a thread costs more than it saves
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Rows of a packed item: as many as keep q and the accumulator within about 300 KiB (a part of L2), because packing a K/V
-// tile is paid once per item.
+// Rows of a packed item: as many as keep q and the accumulator within about 300 KiB (a part of L2), because packing a
+// K/V tile is paid once per item.
 int32_t block_rows_for(int D, int Dv) {
   const int d = D > Dv ? D : Dv;
   return d <= 64 ? 480 : d <= 128 ? 288 : 192;
 }
 
 struct Plan {
-  int64_t items = 0;          // work items, in the order of item_at()
-  int64_t partial_rows = 0;   // rows of partial results
-  int64_t work = 0;           // multiply-adds, roughly
+  int64_t items = 0;         // work items, in the order of item_at()
+  int64_t partial_rows = 0;  // rows of partial results
+  int64_t work = 0;          // multiply-adds, roughly
   int64_t max_rows = 0;
 };
 
@@ -142,8 +148,8 @@ struct Layout {
     partial_prefix = take((p.B + 1) * 8);
     partial_out = take(plan.partial_rows * p.Dv * 4);
     partial_lse = take(plan.partial_rows * 4);
-    scratch_bytes = align64(
-        attention_scratch(p.D, p.Dv, static_cast<int>(rows), attention_key_tile(p.D, p.Dv)).total * 4);
+    scratch_bytes =
+        align64(attention_scratch(p.D, p.Dv, static_cast<int>(rows), attention_key_tile(p.D, p.Dv)).total * 4);
     scratch = take(scratch_bytes * workers);
     total = at;
   }
@@ -192,8 +198,8 @@ AttentionItem item_at(const AttentionParams& p, int64_t i, const int64_t* item_p
 
 int64_t element_size(int32_t dtype) { return dtype == FASTOPS_F32 ? 4 : 2; }
 
-void merge_sequence(const AttentionParams& p, const AttentionTable& table, int64_t b, int64_t hkv, const int64_t* partial_prefix,
-                    const float* partial_out, const float* partial_lse) {
+void merge_sequence(const AttentionParams& p, const AttentionTable& table, int64_t b, int64_t hkv,
+                    const int64_t* partial_prefix, const float* partial_out, const float* partial_lse) {
   const Sequence s = sequence(p, b);
   const int64_t splits = splits_of(p, s), rows = s.Sq * p.G;
   const int64_t base = partial_prefix[b] + hkv * splits * rows;
@@ -203,8 +209,9 @@ void merge_sequence(const AttentionParams& p, const AttentionTable& table, int64
       const int64_t row = base + i * rows + r;
       return MergeInput{reinterpret_cast<const char*>(partial_out + row * p.Dv), partial_lse[row]};
     };
-    const float lse = merge_row(table, splits, state, FASTOPS_F32, p.Dv, p.sinks ? p.sinks + head * p.sinks_stride : nullptr,
-                                p.out + (b * p.o_sb + qi * p.o_ss + head * p.o_sh) * element_size(p.out_dtype), p.out_dtype);
+    const float lse =
+        merge_row(table, splits, state, FASTOPS_F32, p.Dv, p.sinks ? p.sinks + head * p.sinks_stride : nullptr,
+                  p.out + (b * p.o_sb + qi * p.o_ss + head * p.o_sh) * element_size(p.out_dtype), p.out_dtype);
     if (p.lse) p.lse[b * p.lse_sb + head * p.lse_sh + qi * p.lse_ss] = lse;
   }
 }

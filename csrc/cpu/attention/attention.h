@@ -7,11 +7,11 @@
 namespace fastops::cpu {
 
 constexpr int kMaxHeadDim = 256;
-constexpr int kPad = 16;         // head sizes are padded to this many fp32 lanes in scratch, for every variant
-constexpr int kDirectRows = 8;   // up to so many rows read K and V in place; more rows pack each tile first
-constexpr int kDirectHeads = 16; // KV heads one direct item may hold
+constexpr int kPad = 16;          // head sizes are padded to this many fp32 lanes in scratch, for every variant
+constexpr int kDirectRows = 8;    // up to so many rows read K and V in place; more rows pack each tile first
+constexpr int kDirectHeads = 16;  // KV heads one direct item may hold
 constexpr int kMaxKeyTile = 128;
-constexpr int kRowGroup = 32;    // scratch rows are padded to a multiple of this
+constexpr int kRowGroup = 32;  // scratch rows are padded to a multiple of this
 
 inline int pad_dim(int d) { return (d + kPad - 1) / kPad * kPad; }
 
@@ -25,11 +25,11 @@ struct AttentionParams {
   int32_t dtype, out_dtype;
   int32_t D, Dv;
   int64_t B, Hq, Hkv, G;
-  int64_t Sq, Sk;                    // dense lengths
-  const int32_t *cu_q, *cu_k;        // ragged (cu_q also for paged)
-  const int32_t *seq_lens, *table;   // paged
+  int64_t Sq, Sk;                   // dense lengths
+  const int32_t *cu_q, *cu_k;       // ragged (cu_q also for paged)
+  const int32_t *seq_lens, *table;  // paged
   int64_t seq_stride, table_sb, table_sp, cu_q_stride, cu_k_stride;
-  int64_t queries_per_seq;           // paged without cu_q
+  int64_t queries_per_seq;  // paged without cu_q
   int32_t page_shift, page_mask;
   bool paged, ragged, top_left;
   float scale, softcap;
@@ -40,16 +40,16 @@ struct AttentionParams {
   int32_t bias_dtype;
   int64_t bias_s[4];
   // The plan (a function of the shapes alone, never of the number of threads).
-  int32_t block_rows;   // rows of a packed work item
-  int32_t direct_heads; // KV heads of a direct work item
-  int64_t split_keys;   // keys of a split, 0: no splitting
+  int32_t block_rows;    // rows of a packed work item
+  int32_t direct_heads;  // KV heads of a direct work item
+  int64_t split_keys;    // keys of a split, 0: no splitting
 };
 
 // One sequence of the batch.
 struct Sequence {
-  int64_t q0, k0;   // first row of q/out/lse and of k/v (ragged layouts; 0 otherwise)
+  int64_t q0, k0;  // first row of q/out/lse and of k/v (ragged layouts; 0 otherwise)
   int64_t Sq, Sk;
-  int64_t offset;   // key position of query 0
+  int64_t offset;  // key position of query 0
 };
 
 inline Sequence sequence(const AttentionParams& p, int64_t b) {
@@ -87,11 +87,11 @@ inline KeyRange visible_keys(const AttentionParams& p, const Sequence& s, int64_
 }
 
 struct AttentionItem {
-  int64_t b, hkv, heads;  // heads > 1 only for direct items: neighbours in memory are read as one stream
-  int64_t row0, rows;     // rows of each (sequence, KV head) this item computes
-  int64_t key0, key1;     // keys this item may look at (a split, or all)
+  int64_t b, hkv, heads;             // heads > 1 only for direct items: neighbours in memory are read as one stream
+  int64_t row0, rows;                // rows of each (sequence, KV head) this item computes
+  int64_t key0, key1;                // keys this item may look at (a split, or all)
   float *partial_out, *partial_lse;  // fp32 [rows][Dv] and [rows] of the first head when the item is a split; else NULL
-  int64_t partial_step;   // rows between the partials of neighbouring heads
+  int64_t partial_step;              // rows between the partials of neighbouring heads
 };
 
 // Scratch of one worker, in floats; each part starts on a 64-byte boundary.
@@ -157,8 +157,8 @@ struct AttentionTable {
   void (*backward_sinks)(const BackwardParams&, int64_t head);
 };
 
-#define FASTOPS_DECLARE_TABLE(isa) \
-  namespace isa {                  \
+#define FASTOPS_DECLARE_TABLE(isa)             \
+  namespace isa {                              \
   extern const AttentionTable attention_table; \
   }
 FASTOPS_DECLARE_TABLE(scalar)

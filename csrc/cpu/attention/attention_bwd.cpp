@@ -20,7 +20,8 @@ bool same_shape(const fastops_tensor& a, const fastops_tensor& b) {
   return true;
 }
 
-fastops_status like(const char* name, const fastops_tensor& t, const char* of, const fastops_tensor& want, char* message) {
+fastops_status like(const char* name, const fastops_tensor& t, const char* of, const fastops_tensor& want,
+                    char* message) {
   if (!same_shape(t, want)) {
     set_message(message, "attention_backward: %s must have the shape of %s", name, of);
     return FASTOPS_ERR_VALUE;
@@ -29,7 +30,8 @@ fastops_status like(const char* name, const fastops_tensor& t, const char* of, c
     set_message(message, "attention_backward: %s must have the dtype of %s", name, of);
     return FASTOPS_ERR_TYPE;
   }
-  if (t.ndim >= 3 && t.size[t.ndim - 1] > 1 && t.stride[t.ndim - 1] != 1 && &want != &t && std::strcmp(name, "dlse") != 0) {
+  if (t.ndim >= 3 && t.size[t.ndim - 1] > 1 && t.stride[t.ndim - 1] != 1 && &want != &t &&
+      std::strcmp(name, "dlse") != 0) {
     set_message(message, "attention_backward: the last dimension of %s must be contiguous", name);
     return FASTOPS_ERR_VALUE;
   }
@@ -57,7 +59,10 @@ fastops_status check_backward(const fastops_attention_bwd_desc& d, BackwardParam
     const fastops_tensor& t;
     const char* of;
     const fastops_tensor& want;
-  } pairs[] = {{"dout", d.dout, "out", d.fwd.out}, {"dq", d.dq, "q", d.fwd.q}, {"dk", d.dk, "k", d.fwd.k}, {"dv", d.dv, "v", d.fwd.v}};
+  } pairs[] = {{"dout", d.dout, "out", d.fwd.out},
+               {"dq", d.dq, "q", d.fwd.q},
+               {"dk", d.dk, "k", d.fwd.k},
+               {"dv", d.dv, "v", d.fwd.v}};
   for (const auto& x : pairs) {
     status = like(x.name, x.t, x.of, x.want, message);
     if (status != FASTOPS_OK) return status;
@@ -97,7 +102,9 @@ fastops_status check_backward(const fastops_attention_bwd_desc& d, BackwardParam
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int64_t key_items(const BackwardParams& g, const Sequence& s) { return ceil_div(s.Sk, kBackwardKeys) * g.f.Hkv; }
-int64_t row_items(const BackwardParams& g, const Sequence& s) { return ceil_div(s.Sq * g.f.G, kBackwardRows) * g.f.Hkv; }
+int64_t row_items(const BackwardParams& g, const Sequence& s) {
+  return ceil_div(s.Sq * g.f.G, kBackwardRows) * g.f.Hkv;
+}
 
 // Workspace: items before each sequence, then one scratch per worker.
 struct Layout {
@@ -133,8 +140,8 @@ extern "C" fastops_status fastops_attention_bwd_check(const fastops_attention_bw
   return check_backward(*desc, &g, message);
 }
 
-extern "C" fastops_status fastops_attention_bwd_workspace(const fastops_attention_bwd_desc* desc, const fastops_env* env,
-                                                          size_t* bytes) {
+extern "C" fastops_status fastops_attention_bwd_workspace(const fastops_attention_bwd_desc* desc,
+                                                          const fastops_env* env, size_t* bytes) {
   BackwardParams g;
   const fastops_status status = check_backward(*desc, &g, env->message);
   if (status == FASTOPS_OK) *bytes = static_cast<size_t>(Layout(g, workers_of(env)).total);

@@ -1,7 +1,7 @@
-// Attention backward (FlashAttention-2, algorithm 2), in two passes instead of one: a key tile's item sums its own dK and
-// dV over the rows that see it, and a row block's item sums its own dQ over its keys. Both recompute P from the LSE. Seven
-// multiplications instead of five, but no item writes what another one writes: no atomics, no fp32 copy of dQ, and the
-// same bits for any number of threads. Everything in fp32, one rounding at the end.
+// Attention backward (FlashAttention-2, algorithm 2), in two passes instead of one: a key tile's item sums its own dK
+// and dV over the rows that see it, and a row block's item sums its own dQ over its keys. Both recompute P from the
+// LSE. Seven multiplications instead of five, but no item writes what another one writes: no atomics, no fp32 copy of
+// dQ, and the same bits for any number of threads. Everything in fp32, one rounding at the end.
 //
 //   P = exp(S - LSE)   dP = dO V^T   dS = P (dP - delta + dLSE)   delta = rowsum(dO * O)
 //   dV = P^T dO        dQ = scale dS K        dK = scale dS^T Q
@@ -15,10 +15,10 @@ struct Backward {
   const Sequence seq;
   const int64_t b, hkv;
   const int D, Dv, DP, VP;
-  float *kt, *vt, *dk, *dv, *kn, *dq;   // tile: K^T [DP][keys], V^T [VP][keys]; sums; K [keys][DP]; dQ [rows][DP]
-  float *q, *dout;                      // a group of rows, fp32
-  float *s, *ds, *chain;                // [group][keys]: P, dS, the softcap's derivative
-  float *lse, *delta;                   // [group]; delta has dLSE taken off
+  float *kt, *vt, *dk, *dv, *kn, *dq;  // tile: K^T [DP][keys], V^T [VP][keys]; sums; K [keys][DP]; dQ [rows][DP]
+  float *q, *dout;                     // a group of rows, fp32
+  float *s, *ds, *chain;               // [group][keys]: P, dS, the softcap's derivative
+  float *lse, *delta;                  // [group]; delta has dLSE taken off
   int lo[kBackwardGroup], hi[kBackwardGroup];
   const T *kr[kBackwardKeys], *vr[kBackwardKeys];
 

@@ -1,5 +1,6 @@
-// The two ways to multiply a tile: Direct reads K and V rows in place (few rows: decode, memory bound), Packed copies the
-// tile once into a layout the register-blocked gemm streams (many rows: prefill, compute bound). Both offer the tile loop
+// The two ways to multiply a tile: Direct reads K and V rows in place (few rows: decode, memory bound), Packed copies
+// the tile once into a layout the register-blocked gemm streams (many rows: prefill, compute bound). Both offer the
+// tile loop
 //   load_q   prepare (a tile's row pointers)   scores   accumulate   v_finite
 namespace fastops::cpu::FASTOPS_ISA {
 namespace {
@@ -28,16 +29,19 @@ struct Work {
   int D, Dv, VP, BK;
   int rows, heads;
   int64_t k_step, v_step;  // elements between neighbouring heads of K and V
-  int64_t ldq;   // 32-bit units between rows of q: fp32 numbers, or bf16 pairs
-  int depth;     // units of the q k^T product
+  int64_t ldq;             // 32-bit units between rows of q: fp32 numbers, or bf16 pairs
+  int depth;               // units of the q k^T product
   float *q, *k, *v, *s, *p16;
   RowState st;
-  const T **kr, **vr;   // rows of this tile, then of the next one at [tile, 2 tile)
-  int tile;             // keys per tile, at most BK
+  const T **kr, **vr;  // rows of this tile, then of the next one at [tile, 2 tile)
+  int tile;            // keys per tile, at most BK
   const T* zero_row;
 
   Work(const AttentionParams& p, const AttentionItem& it, float* scratch)
-      : D(p.D), Dv(p.Dv), VP(pad_dim(p.Dv)), BK(attention_key_tile(p.D, p.Dv)),
+      : D(p.D),
+        Dv(p.Dv),
+        VP(pad_dim(p.Dv)),
+        BK(attention_key_tile(p.D, p.Dv)),
         rows(static_cast<int>(it.rows)),
         heads(static_cast<int>(it.heads)),
         k_step(p.k_sh),
@@ -56,8 +60,12 @@ struct Work {
     v = scratch + at.v;
     s = scratch + at.s;
     p16 = scratch + at.p16;
-    st = {scratch + at.m, scratch + at.l, reinterpret_cast<int32_t*>(scratch + at.lo),
-          reinterpret_cast<int32_t*>(scratch + at.hi), scratch + at.o, VP};
+    st = {scratch + at.m,
+          scratch + at.l,
+          reinterpret_cast<int32_t*>(scratch + at.lo),
+          reinterpret_cast<int32_t*>(scratch + at.hi),
+          scratch + at.o,
+          VP};
     kr = reinterpret_cast<const T**>(scratch + at.rows);
     vr = kr + 2 * BK;
     tile = BK;
@@ -256,8 +264,8 @@ struct RowStream {
 };
 
 // Memory delivers its full speed to one linear stream. In the [B,S,H,D] layout the rows of one head lie a page apart
-// (two thirds of that speed, whatever is prefetched), so an item holds neighbouring heads and takes a few keys of all of
-// them at a time, while the next few keys are on their way to L1 (docs/design/003-cpu-attention.md).
+// (two thirds of that speed, whatever is prefetched), so an item holds neighbouring heads and takes a few keys of all
+// of them at a time, while the next few keys are on their way to L1 (docs/design/003-cpu-attention.md).
 template <class T>
 struct Direct {
   static constexpr bool kBf16P = false;

@@ -1,8 +1,8 @@
 // The online softmax of one group of rows: masks, score modifiers, running maximum and sum.
 //
-// FlashAttention-2, algorithm 1, with FlashAttention-4's conditional rescaling (section 3.1 there): the maximum m in use
-// may lag behind the true one by up to 2^8, so that the accumulator is rescaled a few times per row instead of once per
-// tile. The final division by l makes the result exact all the same.
+// FlashAttention-2, algorithm 1, with FlashAttention-4's conditional rescaling (section 3.1 there): the maximum m in
+// use may lag behind the true one by up to 2^8, so that the accumulator is rescaled a few times per row instead of once
+// per tile. The final division by l makes the result exact all the same.
 namespace fastops::cpu::FASTOPS_ISA {
 namespace {
 
@@ -10,10 +10,10 @@ constexpr float kRescaleLog2 = 8.0f;
 constexpr float kNegInf = -__builtin_inff();
 
 struct RowState {
-  float* m;        // [rows] maximum in use, in the units of the scores
-  float* l;        // [rows][kPad] partial sums, W lanes used
+  float* m;          // [rows] maximum in use, in the units of the scores
+  float* l;          // [rows][kPad] partial sums, W lanes used
   int32_t *lo, *hi;  // [rows] visible keys [lo, hi)
-  float* o;        // [rows][ldo] accumulator
+  float* o;          // [rows][ldo] accumulator
   int64_t ldo;
 };
 
@@ -21,21 +21,25 @@ struct RowState {
 struct ScoreTile {
   float* s;
   int64_t lds;
-  float* p16;      // bf16 probabilities go here (pairs in 32-bit units), or NULL: they overwrite s
+  float* p16;  // bf16 probabilities go here (pairs in 32-bit units), or NULL: they overwrite s
   int64_t ldp;
   int64_t key;
   int n;
-  bool masked;     // some row of the group does not see all n keys
+  bool masked;  // some row of the group does not see all n keys
 };
 
 inline float lane0(vf x) { return x[0]; }
 
 inline float bias_at(const char* base, int32_t dtype, int64_t i) {
   switch (dtype) {
-    case 1: return reinterpret_cast<const float*>(base)[i];
-    case 2: return to_f32(reinterpret_cast<const f16*>(base)[i]);
-    case 3: return to_f32(reinterpret_cast<const bf16*>(base)[i]);
-    default: return reinterpret_cast<const uint8_t*>(base)[i] ? 0.0f : kNegInf;
+    case 1:
+      return reinterpret_cast<const float*>(base)[i];
+    case 2:
+      return to_f32(reinterpret_cast<const f16*>(base)[i]);
+    case 3:
+      return to_f32(reinterpret_cast<const bf16*>(base)[i]);
+    default:
+      return reinterpret_cast<const uint8_t*>(base)[i] ? 0.0f : kNegInf;
   }
 }
 
@@ -110,17 +114,18 @@ void softmax_rows(const AttentionParams& p, const AttentionItem& it, int64_t hkv
     vf top = vload(s);
     for (int j = 1; j < nv; ++j) top = vmax(top, vload(s + j * W));
     const float tile_max = vhmax(top), m_old = st.m[r];
-    if (!(tile_max <= m_old)) {                                  // larger, or NaN
+    if (!(tile_max <= m_old)) {  // larger, or NaN
       if (!((tile_max - m_old) * c <= kRescaleLog2)) {
         if (m_old != kNegInf) {
           const vf alpha = vexp2<6>(vset((m_old - tile_max) * c));
-          for (int64_t d = 0; d < st.ldo; d += W) vstore(st.o + r * st.ldo + d, vmul(alpha, vload(st.o + r * st.ldo + d)));
+          for (int64_t d = 0; d < st.ldo; d += W)
+            vstore(st.o + r * st.ldo + d, vmul(alpha, vload(st.o + r * st.ldo + d)));
           vstore(st.l + r * kPad, vmul(alpha, vload(st.l + r * kPad)));
         }
         st.m[r] = tile_max;
       }
     }
-    const float m = st.m[r] == kNegInf ? 0.0f : st.m[r];         // nothing seen yet: all scores are -inf
+    const float m = st.m[r] == kNegInf ? 0.0f : st.m[r];  // nothing seen yet: all scores are -inf
     const vf cv = vset(c), mv = vset(m), mc = vset(-m * c);
     vf sum = vload(st.l + r * kPad);
     for (int j = 0; j < nv; ++j) {

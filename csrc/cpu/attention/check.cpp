@@ -13,15 +13,15 @@ using Tensor = fastops_tensor;
 constexpr int64_t kMaxLength = (int64_t{1} << 31) - 1;  // row and key positions are int32 in the kernels
 constexpr int64_t kUnbounded = int64_t{1} << 40;
 
-#define REFUSE(status, ...)             \
-  do {                                  \
-    set_message(message, __VA_ARGS__);  \
-    return status;                      \
+#define REFUSE(status, ...)            \
+  do {                                 \
+    set_message(message, __VA_ARGS__); \
+    return status;                     \
   } while (0)
-#define TRY(expr)                                          \
-  do {                                                     \
-    const fastops_status try_status = (expr);              \
-    if (try_status != FASTOPS_OK) return try_status;       \
+#define TRY(expr)                                    \
+  do {                                               \
+    const fastops_status try_status = (expr);        \
+    if (try_status != FASTOPS_OK) return try_status; \
   } while (0)
 
 bool given(const Tensor& t) { return t.ndim > 0; }
@@ -34,14 +34,22 @@ int64_t count(const Tensor& t) {
 
 const char* dtype_name(int32_t dtype) {
   switch (dtype) {
-    case FASTOPS_F32: return "float32";
-    case FASTOPS_F16: return "float16";
-    case FASTOPS_BF16: return "bfloat16";
-    case FASTOPS_I32: return "int32";
-    case FASTOPS_I64: return "int64";
-    case FASTOPS_BOOL: return "bool";
-    case FASTOPS_F64: return "float64";
-    default: return "an unknown dtype";
+    case FASTOPS_F32:
+      return "float32";
+    case FASTOPS_F16:
+      return "float16";
+    case FASTOPS_BF16:
+      return "bfloat16";
+    case FASTOPS_I32:
+      return "int32";
+    case FASTOPS_I64:
+      return "int64";
+    case FASTOPS_BOOL:
+      return "bool";
+    case FASTOPS_F64:
+      return "float64";
+    default:
+      return "an unknown dtype";
   }
 }
 
@@ -66,9 +74,10 @@ fastops_status check_shape(const char* name, const Tensor& t, std::initializer_l
       REFUSE(FASTOPS_ERR_VALUE, "attention: %s must have shape [%lld, %lld], got %d dimensions [%lld, %lld]", name,
              static_cast<long long>(w[0]), static_cast<long long>(w[1]), t.ndim, size(0), size(1));
     case 3:
-      REFUSE(FASTOPS_ERR_VALUE, "attention: %s must have shape [%lld, %lld, %lld], got %d dimensions [%lld, %lld, %lld]",
-             name, static_cast<long long>(w[0]), static_cast<long long>(w[1]), static_cast<long long>(w[2]), t.ndim,
-             size(0), size(1), size(2));
+      REFUSE(FASTOPS_ERR_VALUE,
+             "attention: %s must have shape [%lld, %lld, %lld], got %d dimensions [%lld, %lld, %lld]", name,
+             static_cast<long long>(w[0]), static_cast<long long>(w[1]), static_cast<long long>(w[2]), t.ndim, size(0),
+             size(1), size(2));
     default:
       REFUSE(FASTOPS_ERR_VALUE,
              "attention: %s must have shape [%lld, %lld, %lld, %lld], got %d dimensions [%lld, %lld, %lld, %lld]", name,
@@ -85,8 +94,8 @@ fastops_status check_dtype(const char* name, const Tensor& t, int32_t want, char
 
 fastops_status check_dense_last(const char* name, const Tensor& t, char* message) {
   if (t.size[t.ndim - 1] > 1 && t.stride[t.ndim - 1] != 1)
-    REFUSE(FASTOPS_ERR_VALUE, "attention: the last dimension of %s must be contiguous (stride 1), got stride %lld", name,
-           static_cast<long long>(t.stride[t.ndim - 1]));
+    REFUSE(FASTOPS_ERR_VALUE, "attention: the last dimension of %s must be contiguous (stride 1), got stride %lld",
+           name, static_cast<long long>(t.stride[t.ndim - 1]));
   return FASTOPS_OK;
 }
 
@@ -114,10 +123,12 @@ fastops_status check_pages(const fastops_attention_desc& d, const AttentionParam
   for (int64_t b = 0; b < p.B; ++b) {
     const int32_t len = p.seq_lens[b * p.seq_stride];
     if (len < 0)
-      REFUSE(FASTOPS_ERR_VALUE, "attention: seq_lens[%lld] is %d, must not be negative", static_cast<long long>(b), len);
+      REFUSE(FASTOPS_ERR_VALUE, "attention: seq_lens[%lld] is %d, must not be negative", static_cast<long long>(b),
+             len);
     const int64_t need = (len + page - 1) / page;
     if (need > max_pages)
-      REFUSE(FASTOPS_ERR_VALUE, "attention: seq_lens[%lld] = %d needs %lld pages of %lld, block_table has room for %lld",
+      REFUSE(FASTOPS_ERR_VALUE,
+             "attention: seq_lens[%lld] = %d needs %lld pages of %lld, block_table has room for %lld",
              static_cast<long long>(b), len, static_cast<long long>(need), static_cast<long long>(page),
              static_cast<long long>(max_pages));
     const int32_t* row = p.table + b * p.table_sb;
@@ -151,11 +162,11 @@ fastops_status check_extras(const fastops_attention_desc& d, AttentionParams* p,
     }
   }
   if (given(d.bias)) {
-    if (p->ragged || p->paged)
-      REFUSE(FASTOPS_ERR_VALUE, "attention: attn_mask needs the dense layout [B, S, H, D]");
+    if (p->ragged || p->paged) REFUSE(FASTOPS_ERR_VALUE, "attention: attn_mask needs the dense layout [B, S, H, D]");
     const int32_t t = d.bias.dtype;
     if (t != FASTOPS_BOOL && t != FASTOPS_F32 && t != FASTOPS_F16 && t != FASTOPS_BF16)
-      REFUSE(FASTOPS_ERR_TYPE, "attention: attn_mask must be bool, float32, float16 or bfloat16, got %s", dtype_name(t));
+      REFUSE(FASTOPS_ERR_TYPE, "attention: attn_mask must be bool, float32, float16 or bfloat16, got %s",
+             dtype_name(t));
     TRY(check_shape("attn_mask", d.bias, {p->B, p->Hq, p->Sq, p->Sk}, message));
     p->bias = static_cast<const char*>(d.bias.data);
     p->bias_dtype = t;
@@ -191,7 +202,8 @@ fastops_status check_layout(const fastops_attention_desc& d, AttentionParams* p,
     p->k_sb = d.k.stride[0];
     p->v_sb = d.v.stride[0];
   }
-  if (p->D < 1 || p->D > kMaxHeadDim) REFUSE(FASTOPS_ERR_VALUE, "attention: head size D of q is %d, allowed: 1 to 256", p->D);
+  if (p->D < 1 || p->D > kMaxHeadDim)
+    REFUSE(FASTOPS_ERR_VALUE, "attention: head size D of q is %d, allowed: 1 to 256", p->D);
   if (p->Dv < 1 || p->Dv > kMaxHeadDim)
     REFUSE(FASTOPS_ERR_VALUE, "attention: head size Dv of v is %d, allowed: 1 to 256", p->Dv);
   if (p->Hkv < 1 ? p->Hq != 0 : p->Hq % p->Hkv != 0)
@@ -246,7 +258,8 @@ fastops_status check_indices(const fastops_attention_desc& d, AttentionParams* p
     p->B = d.seq_lens.ndim == 1 ? d.seq_lens.size[0] : 0;
     TRY(check_shape("seq_lens", d.seq_lens, {p->B}, message));
     if (d.block_table.ndim != 2)
-      REFUSE(FASTOPS_ERR_VALUE, "attention: block_table must have 2 dimensions [B, max_pages], got %d", d.block_table.ndim);
+      REFUSE(FASTOPS_ERR_VALUE, "attention: block_table must have 2 dimensions [B, max_pages], got %d",
+             d.block_table.ndim);
     TRY(check_shape("block_table", d.block_table, {p->B, d.block_table.size[1]}, message));
     const int64_t page = d.k.size[1];
     if (page < 1 || (page & (page - 1)) != 0)
@@ -309,7 +322,8 @@ fastops_status check_attention(const fastops_attention_desc& d, AttentionParams*
   TRY(check_dense_last("k", d.k, message));
   TRY(check_dense_last("v", d.v, message));
   TRY(check_dense_last("out", d.out, message));
-  if (!std::isfinite(d.scale)) REFUSE(FASTOPS_ERR_VALUE, "attention: scale is %g, must be finite", static_cast<double>(d.scale));
+  if (!std::isfinite(d.scale))
+    REFUSE(FASTOPS_ERR_VALUE, "attention: scale is %g, must be finite", static_cast<double>(d.scale));
   if (!(d.softcap >= 0.0f) || !std::isfinite(d.softcap))
     REFUSE(FASTOPS_ERR_VALUE, "attention: softcap is %g, must be 0 (off) or positive", static_cast<double>(d.softcap));
   if (d.window_left < -1 || d.window_right < -1)

@@ -5,7 +5,8 @@
 
 namespace fastops::cpu {
 
-// Checks shapes, strides, dtypes and the contents of the index tensors; on success fills everything in `p` but the plan.
+// Checks shapes, strides, dtypes and the contents of the index tensors; on success fills everything in `p` but the
+// plan.
 fastops_status check_attention(const fastops_attention_desc& d, AttentionParams* p, char* message);
 
 }  // namespace fastops::cpu

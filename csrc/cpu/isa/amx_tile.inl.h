@@ -1,8 +1,8 @@
-// AMX: gemm<DotBf16> on 16 x 16 tiles. The operands are those of the vector version: a tile row of A is 16 bf16 pairs, a
-// tile of B is 16 rows of 16 pairs (the layout TDPBF16PS calls VNNI), C is fp32.
+// AMX: gemm<DotBf16> on 16 x 16 tiles. The operands are those of the vector version: a tile row of A is 16 bf16 pairs,
+// a tile of B is 16 rows of 16 pairs (the layout TDPBF16PS calls VNNI), C is fp32.
 //
-// With FASTOPS_AMX_EMULATE the eight tiles are plain arrays: the same loops, layouts and addresses run, and are tested, on
-// machines without AMX. Products are exact in fp32 and added pair by pair, as the instruction does.
+// With FASTOPS_AMX_EMULATE the eight tiles are plain arrays: the same loops, layouts and addresses run, and are tested,
+// on machines without AMX. Products are exact in fp32 and added pair by pair, as the instruction does.
 namespace fastops::cpu::FASTOPS_ISA {
 namespace {
 
@@ -129,8 +129,8 @@ FASTOPS_INLINE void tile_rows(const float* a, int64_t lda, const float* b, int64
 
 // K is a multiple of 16 units, N of 16 columns.
 template <>
-inline void gemm<DotBf16, false>(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int M, int N,
-                          int K, bool add) {
+inline void gemm<DotBf16, false>(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int M,
+                                 int N, int K, bool add) {
   int i = 0;
   for (; M - i > 16; i += 32) tile_rows<2>(a + i * lda, lda, b, ldb, c + i * ldc, ldc, N, K, add);
   if (M - i > 0) tile_rows<1>(a + i * lda, lda, b, ldb, c + i * ldc, ldc, N, K, add);

@@ -1,4 +1,5 @@
-// Opens the region compiled for AVX-512 and emulated AMX tiles, a test twin; end.h closes it. No #pragma once: one per translation unit, on purpose.
+// Opens the region compiled for AVX-512 and emulated AMX tiles, a test twin; end.h closes it. No #pragma once: one per
+// translation unit, on purpose.
 #define FASTOPS_ISA amx_emu
 #define FASTOPS_HAS_BF16_DOT 1
 #define FASTOPS_HAS_AMX 1

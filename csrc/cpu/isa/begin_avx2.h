@@ -1,4 +1,5 @@
-// Opens the region compiled for AVX2, FMA and F16C; end.h closes it. No #pragma once: one per translation unit, on purpose.
+// Opens the region compiled for AVX2, FMA and F16C; end.h closes it. No #pragma once: one per translation unit, on
+// purpose.
 #define FASTOPS_ISA avx2
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")

@@ -1,4 +1,5 @@
-// Opens the region compiled for AVX-512 F, BW, DQ and VL; end.h closes it. No #pragma once: one per translation unit, on purpose.
+// Opens the region compiled for AVX-512 F, BW, DQ and VL; end.h closes it. No #pragma once: one per translation unit,
+// on purpose.
 #define FASTOPS_ISA avx512
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")

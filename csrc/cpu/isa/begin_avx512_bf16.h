@@ -1,4 +1,5 @@
-// Opens the region compiled for AVX-512 with BF16 dot products; end.h closes it. No #pragma once: one per translation unit, on purpose.
+// Opens the region compiled for AVX-512 with BF16 dot products; end.h closes it. No #pragma once: one per translation
+// unit, on purpose.
 #define FASTOPS_ISA avx512_bf16
 #define FASTOPS_HAS_BF16_DOT 1
 #pragma GCC push_options

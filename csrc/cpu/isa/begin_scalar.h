@@ -1,4 +1,5 @@
-// Opens the region compiled for the compiler's baseline; end.h closes it. No #pragma once: one per translation unit, on purpose.
+// Opens the region compiled for the compiler's baseline; end.h closes it. No #pragma once: one per translation unit, on
+// purpose.
 #define FASTOPS_ISA scalar
 #pragma GCC push_options
 #include "cpu/isa/vec_scalar.h"

@@ -25,8 +25,8 @@ constexpr int kMR = 6;
 constexpr int kNV = W == 16 ? 4 : 2;
 
 template <class Dot, bool kTransA, int MR, int NV>
-FASTOPS_INLINE void gemm_block(const float* __restrict a, int64_t lda, const float* __restrict b,
-                                                      int64_t ldb, float* __restrict c, int64_t ldc, int K, bool add) {
+FASTOPS_INLINE void gemm_block(const float* __restrict a, int64_t lda, const float* __restrict b, int64_t ldb,
+                               float* __restrict c, int64_t ldc, int K, bool add) {
   vf acc[MR][NV];
 #pragma GCC unroll 8
   for (int i = 0; i < MR; ++i)

@@ -24,7 +24,9 @@ FASTOPS_INLINE vf vloadn(const T* p, int n) {
   return vload(tmp);
 }
 FASTOPS_INLINE void vstore(float* p, vf x) { _mm256_storeu_ps(p, x); }
-FASTOPS_INLINE void vstore(f16* p, vf x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
+FASTOPS_INLINE void vstore(f16* p, vf x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
 FASTOPS_INLINE void vstore(bf16* p, vf x) {
   const __m256i u = _mm256_castps_si256(x);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
@@ -58,7 +60,9 @@ FASTOPS_INLINE vf vldexp(vf p, vf n) {
 FASTOPS_INLINE vf vkeep_ge(vf y, vf x, float lo) {
   return _mm256_andnot_ps(_mm256_cmp_ps(x, _mm256_set1_ps(lo), _CMP_LT_OQ), y);
 }
-FASTOPS_INLINE vf vselect_gt(vf a, vf b, vf yes, vf no) { return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_GT_OQ)); }
+FASTOPS_INLINE vf vselect_gt(vf a, vf b, vf yes, vf no) {
+  return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_GT_OQ));
+}
 FASTOPS_INLINE float vsum(vf x) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));

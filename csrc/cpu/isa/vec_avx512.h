@@ -8,12 +8,18 @@ namespace {
 constexpr int W = 16;
 using vf = __m512;
 
-FASTOPS_INLINE __mmask16 vfirst(int n) { return static_cast<__mmask16>(n >= W ? 0xffffu : (n <= 0 ? 0u : (1u << n) - 1u)); }
+FASTOPS_INLINE __mmask16 vfirst(int n) {
+  return static_cast<__mmask16>(n >= W ? 0xffffu : (n <= 0 ? 0u : (1u << n) - 1u));
+}
 FASTOPS_INLINE vf vset(float x) { return _mm512_set1_ps(x); }
 FASTOPS_INLINE vf vzero() { return _mm512_setzero_ps(); }
 FASTOPS_INLINE vf vload(const float* p) { return _mm512_loadu_ps(p); }
-FASTOPS_INLINE vf vload(const f16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
-FASTOPS_INLINE vf vwiden_bf16(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
+FASTOPS_INLINE vf vload(const f16* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+FASTOPS_INLINE vf vwiden_bf16(__m256i x) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+}
 FASTOPS_INLINE vf vload(const bf16* p) { return vwiden_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 FASTOPS_INLINE vf vloadn(const float* p, int n) { return _mm512_maskz_loadu_ps(vfirst(n), p); }
 FASTOPS_INLINE vf vloadn(const f16* p, int n) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(vfirst(n), p)); }
@@ -27,10 +33,14 @@ FASTOPS_INLINE __m256i vnarrow_bf16(vf x) {
   return _mm512_cvtepi32_epi16(y);
 }
 FASTOPS_INLINE void vstore(float* p, vf x) { _mm512_storeu_ps(p, x); }
-FASTOPS_INLINE void vstore(f16* p, vf x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
+FASTOPS_INLINE void vstore(f16* p, vf x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
 FASTOPS_INLINE void vstore(bf16* p, vf x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), vnarrow_bf16(x)); }
 FASTOPS_INLINE void vstoren(float* p, vf x, int n) { _mm512_mask_storeu_ps(p, vfirst(n), x); }
-FASTOPS_INLINE void vstoren(f16* p, vf x, int n) { _mm256_mask_storeu_epi16(p, vfirst(n), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
+FASTOPS_INLINE void vstoren(f16* p, vf x, int n) {
+  _mm256_mask_storeu_epi16(p, vfirst(n), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
 FASTOPS_INLINE void vstoren(bf16* p, vf x, int n) { _mm256_mask_storeu_epi16(p, vfirst(n), vnarrow_bf16(x)); }
 FASTOPS_INLINE vf vadd(vf a, vf b) { return _mm512_add_ps(a, b); }
 FASTOPS_INLINE vf vsub(vf a, vf b) { return _mm512_sub_ps(a, b); }
@@ -92,7 +102,8 @@ FASTOPS_INLINE vf vreduce(const vf a[W]) {
     b[i] = _mm512_add_ps(_mm512_unpacklo_ps(a[2 * i], a[2 * i + 1]), _mm512_unpackhi_ps(a[2 * i], a[2 * i + 1]));
   }
   for (int i = 0; i < 4; ++i) {  // each lane now holds the four partial sums of rows 4i..4i+3
-    c[i] = _mm512_add_ps(_mm512_shuffle_ps(b[2 * i], b[2 * i + 1], 0x44), _mm512_shuffle_ps(b[2 * i], b[2 * i + 1], 0xee));
+    c[i] =
+        _mm512_add_ps(_mm512_shuffle_ps(b[2 * i], b[2 * i + 1], 0x44), _mm512_shuffle_ps(b[2 * i], b[2 * i + 1], 0xee));
   }
   for (int i = 0; i < 2; ++i) {
     d[i] = _mm512_add_ps(_mm512_shuffle_f32x4(c[2 * i], c[2 * i + 1], 0x88),

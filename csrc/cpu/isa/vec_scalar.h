@@ -1,5 +1,5 @@
-// Portable vocabulary: four lanes of the compiler's generic vectors (SSE2 on x86-64, NEON on Arm, plain code elsewhere).
-// The same names and meanings as vec_avx2.h and vec_avx512.h.
+// Portable vocabulary: four lanes of the compiler's generic vectors (SSE2 on x86-64, NEON on Arm, plain code
+// elsewhere). The same names and meanings as vec_avx2.h and vec_avx512.h.
 namespace fastops::cpu::FASTOPS_ISA {
 namespace {
 

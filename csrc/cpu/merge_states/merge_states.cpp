@@ -39,7 +39,8 @@ fastops_status check_lse(const char* name, const fastops_tensor& lse, const fast
   const int n = out.ndim;
   if (lse.ndim != n - 1 || lse.size[n - 2] != out.size[n - 3] || lse.size[n - 3] != out.size[n - 2] ||
       (n == 4 && lse.size[0] != out.size[0]))
-    REFUSE(FASTOPS_ERR_VALUE, "merge_states: %s must be [B, H, S] for outs [B, S, H, D], or [H, T] for [T, H, D]", name);
+    REFUSE(FASTOPS_ERR_VALUE, "merge_states: %s must be [B, H, S] for outs [B, S, H, D], or [H, T] for [T, H, D]",
+           name);
   return FASTOPS_OK;
 }
 

@@ -47,8 +47,8 @@ fastops_status check_one(const char* name, const fastops_tensor& t, const fastop
     empty = empty || t.size[i] == 0;
   }
   if (t.ndim > 0 && !empty && t.size[t.ndim - 1] > 1 && t.stride[t.ndim - 1] != 1)
-    REFUSE(FASTOPS_ERR_VALUE, "scale_add: the last dimension of %s must be contiguous (stride 1), got stride %lld", name,
-           static_cast<long long>(t.stride[t.ndim - 1]));
+    REFUSE(FASTOPS_ERR_VALUE, "scale_add: the last dimension of %s must be contiguous (stride 1), got stride %lld",
+           name, static_cast<long long>(t.stride[t.ndim - 1]));
   if (t.data == nullptr && !empty) REFUSE(FASTOPS_ERR_VALUE, "scale_add: %s has no data", name);
   return FASTOPS_OK;
 }

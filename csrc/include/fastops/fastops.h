@@ -106,11 +106,11 @@ typedef enum fastops_align {
 
 /* softmax(mask(softcap(scale * q k^T) + bias + alibi)) v, with these layouts, told apart by which tensors are given:
  *   dense  : q [B,Sq,Hq,D]  k [B,Sk,Hkv,D]  v [B,Sk,Hkv,Dv]  out [B,Sq,Hq,Dv]  lse [B,Hq,Sq]
- *   ragged : q [T,Hq,D]     k [Tk,Hkv,D]    v [Tk,Hkv,Dv]    out [T,Hq,Dv]     lse [Hq,T]   (cu_seqlens_q, cu_seqlens_k)
- *   paged  : q [T,Hq,D]     k [P,page,Hkv,D] v [P,page,Hkv,Dv] out, lse as ragged           (block_table, seq_lens;
- *            without cu_seqlens_q each sequence has T / B queries)
- * A query at position p sees key j iff p - window_left <= j <= p + window_right (-1: unbounded); causal is
- * window_right = 0. D and Dv: 1..256. q, k, v, out: one dtype of fp32, fp16, bf16 (out may also be fp32). */
+ *   ragged : q [T,Hq,D]     k [Tk,Hkv,D]    v [Tk,Hkv,Dv]    out [T,Hq,Dv]     lse [Hq,T]   (cu_seqlens_q,
+ * cu_seqlens_k) paged  : q [T,Hq,D]     k [P,page,Hkv,D] v [P,page,Hkv,Dv] out, lse as ragged           (block_table,
+ * seq_lens; without cu_seqlens_q each sequence has T / B queries) A query at position p sees key j iff p - window_left
+ * <= j <= p + window_right (-1: unbounded); causal is window_right = 0. D and Dv: 1..256. q, k, v, out: one dtype of
+ * fp32, fp16, bf16 (out may also be fp32). */
 typedef struct fastops_attention_desc {
   uint32_t struct_size;
   int32_t align; /* fastops_align */
@@ -120,8 +120,8 @@ typedef struct fastops_attention_desc {
   fastops_tensor cu_seqlens_k; /* int32 [B+1] */
   fastops_tensor block_table;  /* int32 [B, max_pages]: only the pages that seq_lens needs are read */
   fastops_tensor seq_lens;     /* int32 [B] */
-  fastops_tensor bias;         /* optional [B,Hq,Sq,Sk], dense layout only: bool (true = attend), or added, fp32/fp16/bf16 */
-  fastops_tensor sinks;        /* optional fp32 [Hq]: one more logit per head in the denominator and in the LSE */
+  fastops_tensor bias;  /* optional [B,Hq,Sq,Sk], dense layout only: bool (true = attend), or added, fp32/fp16/bf16 */
+  fastops_tensor sinks; /* optional fp32 [Hq]: one more logit per head in the denominator and in the LSE */
   fastops_tensor alibi_slopes; /* optional fp32 [Hq] or [B,Hq]: adds -slope * |p - j| */
   float scale;
   float softcap; /* > 0: s = softcap * tanh(s / softcap) after scaling */
@@ -135,7 +135,8 @@ FASTOPS_API fastops_status fastops_attention_workspace(const fastops_attention_d
 FASTOPS_API fastops_status fastops_attention_fwd(const fastops_attention_desc* desc, fastops_env* env);
 
 /* Gradients for the dense and ragged layouts (paged: FASTOPS_ERR_UNSUPPORTED). fwd.out and fwd.lse hold the forward's
- * results. No gradient for alibi_slopes and bias. Recomputes the probabilities tile by tile: nothing grows with Sq * Sk. */
+ * results. No gradient for alibi_slopes and bias. Recomputes the probabilities tile by tile: nothing grows with Sq *
+ * Sk. */
 typedef struct fastops_attention_bwd_desc {
   uint32_t struct_size;
   int32_t reserved;
@@ -168,7 +169,8 @@ typedef struct fastops_merge_states_desc {
 FASTOPS_API fastops_status fastops_merge_states_check(const fastops_merge_states_desc* desc, char* message);
 FASTOPS_API fastops_status fastops_merge_states(const fastops_merge_states_desc* desc, fastops_env* env);
 
-/* ---- scale_add: the skeleton that a new operator copies (docs/adding-an-op.md) -------------------------------------- */
+/* ---- scale_add: the skeleton that a new operator copies (docs/adding-an-op.md) --------------------------------------
+ */
 
 /* out = alpha * x + y, element by element, in fp32 with one rounding at the end. x, y, out: one shape and one dtype of
  * fp32, fp16, bf16; out may be x or y itself. */
