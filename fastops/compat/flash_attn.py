@@ -207,8 +207,8 @@ def flash_attn_with_kvcache(
     )
     page = k_cache.shape[1]
     if block_table is not None:
-        for label, t in (("cache_batch_idx", cache_batch_idx), ("cache_leftpad", cache_leftpad)):
-            if t is not None:
+        for label, extra in (("cache_batch_idx", cache_batch_idx), ("cache_leftpad", cache_leftpad)):
+            if extra is not None:
                 raise ValueError(f"{name}: {label} goes with a dense cache, not with block_table")
         common.require_index(name, "block_table", block_table, (b, None), q)
         if page < 1 or page & (page - 1):
