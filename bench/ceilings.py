@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -17,21 +18,31 @@ class Ceilings:
     bandwidth: float = 0.0
     history: list[tuple[float, float]] = field(default_factory=list)
     _block: torch.Tensor | None = None
+    _at: int = 0
 
     def measure(self, quick: bool = False) -> None:
         """One more round of both; keeps the best."""
         flops = max(_matmul(n) for n in ((1024,) if quick else (1024, 2048, 4096)))
         if self._block is None:
             self._block = torch.ones((64 if quick else 512) * (1 << 20) // 4)
-        bandwidth = _read(self._block)
+        bandwidth = max(_read(self._block, torch.Tensor.sum), _read(self._block, torch.Tensor.max))
         self.history.append((flops, bandwidth))
         self.flops, self.bandwidth = max(self.flops, flops), max(self.bandwidth, bandwidth)
 
-    @property
-    def recent_bandwidth(self) -> float:
-        """The mean of the reads before and after the latest case: other tenants use the memory, too."""
-        recent = [b for _, b in self.history[-2:]]
-        return sum(recent) / len(recent)
+    def reader(self) -> tuple[Callable[[Any], object], int]:
+        """A large read as one more candidate of a memory-bound case, and its bytes: other tenants use the memory, too,
+        so the ceiling of a case is what the reads between its own samples reach. Walks through the whole block, by the
+        faster of torch's reductions."""
+        assert self._block is not None
+        parts = self._block.chunk(8)
+        by_max = _read(parts[0], torch.Tensor.max) > _read(parts[0], torch.Tensor.sum)
+
+        def read(_: Any) -> object:
+            self._at = (self._at + 1) % len(parts)
+            part = parts[self._at]
+            return part.max() if by_max else part.sum()
+
+        return read, _size(parts[0])
 
 
 def _best(fn: Callable[[], object], times: int) -> float:
@@ -49,6 +60,9 @@ def _matmul(n: int) -> float:
     return 2 * n**3 / _best(lambda: torch.mm(a, b, out=out), 5 if n < 4096 else 2)
 
 
-def _read(block: torch.Tensor) -> float:
-    size = block.numel() * block.element_size()
-    return max(size / _best(block.sum, 3), size / _best(block.max, 3))
+def _size(block: torch.Tensor) -> int:
+    return block.numel() * block.element_size()
+
+
+def _read(block: torch.Tensor, reduce: Callable[[torch.Tensor], object]) -> float:
+    return _size(block) / _best(lambda: reduce(block), 3)

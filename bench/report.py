@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import sys
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -71,7 +72,8 @@ def table(results: list[Result], ceilings: Ceilings) -> None:
     body = rows(results)
     note = (
         f"ceilings measured in this run: {ceilings.flops / 1e9:.0f} GFLOP/s (best square fp32 matmul), "
-        f"{ceilings.bandwidth / 1e9:.1f} GB/s (best large read; a memory case is held against the reads around it)"
+        f"{ceilings.bandwidth / 1e9:.1f} GB/s (best large read; "
+        "a memory case is held against reads between its own samples)"
     )
     try:
         from rich.console import Console
@@ -97,7 +99,7 @@ def as_json(results: list[Result], ceilings: Ceilings, machine: dict[str, Any]) 
         "results": [
             {
                 "op": r.case.op, "case": r.case.name, "dtype": r.case.dtype, "kind": r.case.kind,
-                "flops": r.case.flops, "bytes": r.case.bytes, "ceiling": r.ceiling,
+                "flops": r.case.flops, "bytes": r.case.bytes, "ceiling": statistics.median(r.ceiling) if r.ceiling else None,
                 "candidates": {
                     n: {
                         "median_s": t.median, "p20_s": t.quantile(0.2), "p80_s": t.quantile(0.8),

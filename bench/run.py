@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from .machine import describe
 from .protocol import Ratio, Timing, copies_for, measure, ratio
 from .shapes import named
 
+READ = "large read"  # the candidate that measures the ceiling of a memory-bound case
+
 
 @dataclass(frozen=True, slots=True)
 class Result:
@@ -28,7 +31,7 @@ class Result:
 
     case: Case
     timings: dict[str, Timing]
-    ceiling: float  # flop/s or bytes/s that bind, 0 for latency cases
+    ceiling: tuple[float, ...]  # flop/s or bytes/s that bind, one for all rounds or one for each; () for latency cases
 
     @property
     def ours(self) -> str:
@@ -39,7 +42,9 @@ class Result:
         if self.case.kind == "latency" or not self.ceiling:
             return None
         work = self.case.flops if self.case.kind == "compute" else self.case.bytes
-        return work / self.timings[name].median / self.ceiling
+        samples = self.timings[name].samples
+        ceiling = self.ceiling if len(self.ceiling) > 1 else self.ceiling * len(samples)
+        return statistics.median(work / t / c for t, c in zip(samples, ceiling, strict=True))
 
     def ratios(self) -> dict[str, Ratio]:
         ours = self.timings[self.ours]
@@ -130,16 +135,20 @@ def run_cases(cases: list[Case], args: argparse.Namespace, ceilings: Ceilings) -
         for case in cases:
             bar.start(case.label)
             rivals = [r for r in split(args.compare) if r in case.run]
-            if case.tags & {"paged-decode"} and "dense" not in rivals:
+            if case.tags & {"paged-decode", "paged-decode-shuffled"} and "dense" not in rivals:
                 rivals.append("dense")
             torch.manual_seed(0)
             first = case.make()
             inputs = [first, *(case.make() for _ in range(copies_for(case.bytes, case.kind) - 1))]
             ways = candidates(case, split(args.impl), split(args.isa), rivals)
+            if case.kind == "memory":
+                ways[READ], size = ceilings.reader()
             timings = measure(ways, inputs, args.time, bar.share)
             del inputs, first
             ceilings.measure(quick)
-            ceiling = {"compute": ceilings.flops, "memory": ceilings.recent_bandwidth}.get(case.kind, 0.0)
+            ceiling: tuple[float, ...] = (ceilings.flops,) if case.kind == "compute" else ()
+            if case.kind == "memory":
+                ceiling = tuple(size / t for t in timings.pop(READ).samples)
             results.append(Result(case, timings, ceiling))
             bar.done()
     return results

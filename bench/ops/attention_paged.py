@@ -1,4 +1,8 @@
-"""attention_paged decode: shuffled pages against fastops' own dense decode, and torch after gathering the pages."""
+"""attention_paged decode against fastops' own dense decode, and torch after gathering the pages.
+
+Pages in order, as a fresh cache hands them out, and shuffled, as they end up after hours of serving: a plain read of
+16 KiB pieces in random order is a third slower than a linear one on some machines (docs/design/003-cpu-attention.md).
+"""
 
 from __future__ import annotations
 
@@ -17,10 +21,11 @@ PAGE = 16
 
 
 def cases(shapes: list[Shape], dtypes: list[str]) -> list[Case]:
-    return [_case(s, n) for s in shapes if s.phase == "decode" and s.sk % PAGE == 0 for n in dtypes]
+    some = [s for s in shapes if s.phase == "decode" and s.sk % PAGE == 0]
+    return [_case(s, n, shuffled) for s in some for n in dtypes for shuffled in (False, True)]
 
 
-def _case(s: Shape, name: str) -> Case:
+def _case(s: Shape, name: str, shuffled: bool) -> Case:
     dtype = DTYPES[name]
     flops, size = work(s, dtype)
     pages = s.sk // PAGE
@@ -29,7 +34,8 @@ def _case(s: Shape, name: str) -> Case:
     def make() -> Any:
         q = torch.randn(s.b, s.hq, s.d).to(dtype)
         dense = [torch.randn(s.b, s.sk, s.hkv, s.d).to(dtype) for _ in range(2)]
-        table = torch.randperm(s.b * pages).int().view(s.b, pages)
+        order = torch.randperm(s.b * pages) if shuffled else torch.arange(s.b * pages)
+        table = order.int().view(s.b, pages)
         caches = []
         for t in dense:
             cache = torch.empty(s.b * pages, PAGE, s.hkv, s.d, dtype=dtype)
@@ -48,6 +54,6 @@ def _case(s: Shape, name: str) -> Case:
         "dense": lambda x: fastops.attention(x[0][:, None], x[4], x[5]),
         "torch": gathered,
     }
-    return Case(
-        "attention_paged", f"{s.name} page {PAGE}", name, "memory", flops, size, make, run, frozenset({"paged-decode"})
-    )
+    label = f"{s.name} page {PAGE}" + (" shuffled" if shuffled else "")
+    tag = "paged-decode-shuffled" if shuffled else "paged-decode"
+    return Case("attention_paged", label, name, "memory", flops, size, make, run, frozenset({tag}))

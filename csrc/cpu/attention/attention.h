@@ -7,9 +7,11 @@
 namespace fastops::cpu {
 
 constexpr int kMaxHeadDim = 256;
-constexpr int kPad = 16;          // head sizes are padded to this many fp32 lanes in scratch, for every variant
-constexpr int kDirectRows = 8;    // up to so many rows read K and V in place; more rows pack each tile first
-constexpr int kDirectHeads = 16;  // KV heads one direct item may hold
+constexpr int kPad = 16;             // head sizes are padded to this many fp32 lanes in scratch, for every variant
+constexpr int kDirectRows = 8;       // up to so many rows read K and V in place; more rows pack each tile first
+constexpr int kDirectKeys = 256;     // and so many keys at a time,
+constexpr int kDirectScores = 4096;  // with so many scores (at least 32 keys of all rows and heads)
+constexpr int kDirectHeads = 16;     // KV heads one direct item may hold
 constexpr int kMaxKeyTile = 128;
 constexpr int kRowGroup = 32;  // scratch rows are padded to a multiple of this
 
@@ -112,13 +114,14 @@ inline AttentionScratch attention_scratch(int D, int Dv, int rows, int key_tile)
   s.o = take(R * VP);
   s.k = take(DP * key_tile);
   s.v = take(static_cast<int64_t>(key_tile) * VP);
-  s.s = take((rows <= kDirectRows * kDirectHeads ? kDirectRows * kDirectHeads : kRowGroup) * key_tile);
-  s.p16 = take(kRowGroup * key_tile / 2);
+  const int64_t scores = kRowGroup * key_tile > kDirectScores ? kRowGroup * key_tile : kDirectScores;
+  s.s = take(scores);
+  s.p16 = take(scores / 2);
   s.m = take(R);
   s.l = take(R * kPad);
   s.lo = take(R);
   s.hi = take(R);
-  s.rows = take(key_tile * 2 * static_cast<int64_t>(sizeof(void*) / 4) * 2 + kMaxHeadDim);
+  s.rows = take(kDirectKeys * 2 * static_cast<int64_t>(sizeof(void*) / 4) * 2 + kMaxHeadDim);
   s.total = at;
   return s;
 }

@@ -113,7 +113,7 @@ void tile_loop(const AttentionParams& p, const AttentionItem& it, const Sequence
       mode.scores(r0, rows, seen);
       for (int h = 0; h < w.heads; ++h) {
         RowState st = w.state(h);
-        ScoreTile t{w.s + h * rows * w.BK, w.BK, w.p16, w.BK / 2, key, seen, masked};
+        ScoreTile t{w.s + h * rows * w.BK, w.BK, w.p16 + h * rows * (w.BK / 2), w.BK / 2, key, seen, masked};
         softmax_rows<kGeneral, kExpDegree<T>, Mode::kBf16P>(p, it, it.hkv + h, seq, st, r0, rows, t);
       }
       if ((masked || p.bias) && !mode.v_finite(seen)) {

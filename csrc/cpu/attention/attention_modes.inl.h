@@ -67,9 +67,9 @@ struct Work {
           scratch + at.o,
           VP};
     kr = reinterpret_cast<const T**>(scratch + at.rows);
-    vr = kr + 2 * BK;
+    vr = kr + 2 * kDirectKeys;
     tile = BK;
-    zero_row = reinterpret_cast<const T*>(vr + 2 * BK);
+    zero_row = reinterpret_cast<const T*>(vr + 2 * kDirectKeys);
     std::memset(const_cast<T*>(zero_row), 0, kMaxHeadDim * sizeof(float));
   }
 
@@ -108,7 +108,7 @@ template <class T, bool kBf16P>
 __attribute__((noinline)) void accumulate_seen(Work<T>& w, int h, int r0, int rows, int n) {
   for (int i = 0; i < rows; ++i) {
     float* o = w.st.o + static_cast<int64_t>(h * w.rows + r0 + i) * w.VP;
-    const float* pr = kBf16P ? w.p16 + i * (w.BK / 2) : w.s + (h * rows + i) * w.BK;
+    const float* pr = kBf16P ? w.p16 + (h * rows + i) * (w.BK / 2) : w.s + (h * rows + i) * w.BK;
     for (int j = 0; j < n; ++j) {
       const float pj = kBf16P ? to_f32(reinterpret_cast<const bf16*>(pr)[j]) : pr[j];
       if (pj == 0.0f) continue;
@@ -243,56 +243,74 @@ struct Packed {
 
 // ---- Direct ------------------------------------------------------------------------------------------------------
 
-// Asks for rows a few cache lines at a time, in memory order.
+// Asks for the rows of two runs, one after the other, a few cache lines at a time and in memory order. Lives in
+// registers inside the loops that call it.
 struct RowStream {
-  const char* const* rows;
-  int row_lines, count;
-  int row = 0, line = 0;
+  const char* const* next;  // the rows behind the one at work
+  const char* const* then;
+  const char *at = nullptr, *end = nullptr;
+  int64_t bytes, then_bytes;
+  int left, then_left;
+
+  RowStream(const void* rows, int n, int64_t row_bytes, const void* rows2, int n2, int64_t row_bytes2)
+      : next(static_cast<const char* const*>(rows)),
+        then(static_cast<const char* const*>(rows2)),
+        bytes(row_bytes),
+        then_bytes(row_bytes2),
+        left(n),
+        then_left(n2) {}
+  FASTOPS_INLINE bool advance() {
+    if (left == 0) {
+      if (then_left == 0) return false;  // all of them are on their way
+      next = then;
+      bytes = then_bytes;
+      left = then_left;
+      then_left = 0;
+    }
+    at = *next++;
+    end = at + bytes;
+    --left;
+    return true;
+  }
   FASTOPS_INLINE void step(int lines) {
-    while (lines > 0 && row < count) {
-      const int n = row_lines - line < lines ? row_lines - line : lines;
-      const char* p = rows[row] + line * 64;
-      for (int i = 0; i < n; ++i) vprefetch(p + i * 64);
-      lines -= n;
-      line += n;
-      if (line == row_lines) {
-        line = 0;
-        ++row;
-      }
+    for (; lines > 0; --lines, at += 64) {
+      if (at >= end && !advance()) return;
+      vprefetch(at);
     }
   }
 };
 
 // Memory delivers its full speed to one linear stream. In the [B,S,H,D] layout the rows of one head lie a page apart
 // (two thirds of that speed, whatever is prefetched), so an item holds neighbouring heads and takes a few keys of all
-// of them at a time, while the next few keys are on their way to L1 (docs/design/003-cpu-attention.md).
+// of them at a time, while the keys `lead` rows further on are on their way to L1 (docs/design/003-cpu-attention.md).
 template <class T>
 struct Direct {
-  static constexpr bool kBf16P = false;
+  static constexpr bool kBf16P = kDot16<T>;
   static constexpr int kRows = kDirectRows;
+  static constexpr int kStep = W / 4;  // keys of a dot-product block that takes four rows or heads
   Work<T>& w;
-  int block;  // keys taken together
+  int64_t k_bytes, v_bytes;  // of one key, all heads of the item
+  int block, lead;           // keys whose values are weighed together; how far the prefetch runs ahead
   int next = 0;
-  RowStream ahead{};
 
   explicit Direct(Work<T>& work) : w(work) {
-    const int row_bytes = w.heads * static_cast<int>(sizeof(T)) * (w.D > w.Dv ? w.D : w.Dv);
-    const int step = w.heads == 1 ? W : kStep, keys = 8192 / row_bytes / step * step;
-    block = keys < step ? step : keys < w.BK ? keys : w.BK;
-    const int tile = 65536 / row_bytes / 16 * 16;
-    w.tile = tile < 32 ? 32 : tile < w.BK ? tile : w.BK;
+    constexpr int64_t size = sizeof(T);
+    k_bytes = ((w.heads - 1) * w.k_step + w.D) * size;
+    v_bytes = ((w.heads - 1) * w.v_step + w.Dv) * size;
+    const int64_t row = (w.D > w.Dv ? w.D : w.Dv) * size * w.heads;
+    const auto keys = [&](int64_t bytes, int least, int most) {
+      const int n = static_cast<int>(bytes / row) / least * least;
+      return n < least ? least : n < most ? n : most;
+    };
+    block = keys(8 << 10, 4, kDirectKeys);
+    lead = keys(12 << 10, 1, kDirectKeys);
+    if (lead < block) lead = block;
+    const int scores_fit = kDirectScores / 2 / (w.heads * w.rows) / 32 * 32;  // half of it stays in L1 beside the rest
+    w.tile = keys(128 << 10, 32, scores_fit < 32 ? 32 : scores_fit < kDirectKeys ? scores_fit : kDirectKeys);
+    w.BK = w.tile;
   }
-  static constexpr int kStep = W / 4;  // keys of a dot-product block that takes four rows or heads
 
   static int lines(int64_t elems) { return static_cast<int>((elems * static_cast<int64_t>(sizeof(T)) + 63) / 64); }
-
-  // What to ask for while keys up to j of n are worked on: the keys behind them, then the first of `then`.
-  void look_ahead(const T* const* rows, int j, int n, const T* const* then, int then_n, int64_t head_step, int dim) {
-    const bool same = j < n;
-    const int left = same ? n - j : then_n;
-    ahead = {reinterpret_cast<const char* const*>(same ? rows + j : then), lines((w.heads - 1) * head_step + dim),
-             left < block ? left : block};
-  }
 
   void prepare(int n, int next_n) {
     next = next_n;
@@ -311,147 +329,216 @@ struct Direct {
     return vall_finite(poison);
   }
 
-  // HB heads x RB rows x JB keys at once: up to W accumulators, whose horizontal sums are taken together.
+  // Pointers and strides the inner loops use, out of reach of the stores that might change them.
+  struct View {
+    const T* const* rows;
+    int64_t step;  // elements between heads
+    const float* a;
+    int64_t lda;
+    float* c;
+    int64_t ldc;
+    int rows_per_head, dim;
+  };
+
+  // c[HB heads][RB rows][JB keys] = q k^T: up to W accumulators, whose horizontal sums are taken together.
   template <int HB, int RB, int JB>
-  void dots(int h, int r0, int j0, int j1, int share) {
+  static FASTOPS_INLINE void dots(const View& t, int h, int r0, int j) {
     static_assert(HB * RB * JB <= W, "one accumulator per lane of the sums");
-    const float* q = w.q + (static_cast<int64_t>(h) * w.rows + r0) * w.ldq;
-    float* s = w.s + (static_cast<int64_t>(h) * w.rows + r0) * w.BK;
-    const int64_t head_q = w.rows * w.ldq, head_s = static_cast<int64_t>(w.rows) * w.BK;
-    for (int j = j0; j < j1; j += JB) {
-      ahead.step(share * JB);
-      vf acc[W];
-      for (int i = 0; i < W; ++i) acc[i] = vzero();
-      const T* kr[HB * JB];
-      for (int hh = 0; hh < HB; ++hh)
-        for (int jj = 0; jj < JB; ++jj) kr[hh * JB + jj] = w.kr[j + jj] + (h + hh) * w.k_step;
-#if defined(FASTOPS_HAS_BF16_DOT)
-      if constexpr (kDot16<T>) {
-        for (int d = 0; d < w.D; d += 32) {
-          const __mmask32 m = w.D - d >= 32 ? 0xffffffffu : (1u << (w.D - d)) - 1u;
-          for (int hh = 0; hh < HB; ++hh) {
-            __m512i kv[JB];
-            for (int jj = 0; jj < JB; ++jj) kv[jj] = _mm512_maskz_loadu_epi16(m, kr[hh * JB + jj] + d);
-            for (int r = 0; r < RB; ++r) {
-              const __m512i qv = _mm512_loadu_si512(q + hh * head_q + r * w.ldq + d / 2);
-              for (int jj = 0; jj < JB; ++jj) {
-                vf& a = acc[(hh * RB + r) * JB + jj];
-                a = _mm512_dpbf16_ps(a, (__m512bh)qv, (__m512bh)kv[jj]);
-              }
-            }
-          }
-        }
-      } else
-#endif
-      {
-        int d = 0;
-        for (; d + W <= w.D; d += W) dots_step<HB, RB, JB, true>(acc, kr, q, head_q, d);
-        if (d < w.D) dots_step<HB, RB, JB, false>(acc, kr, q, head_q, d);
-      }
-      float sums[W];
-      vstore(sums, vreduce(acc));
-      for (int hh = 0; hh < HB; ++hh)
-        for (int r = 0; r < RB; ++r)
-          std::memcpy(s + hh * head_s + r * w.BK + j, sums + (hh * RB + r) * JB, JB * sizeof(float));
+    const float* q = t.a + (static_cast<int64_t>(h) * t.rows_per_head + r0) * t.lda;
+    float* s = t.c + (static_cast<int64_t>(h) * t.rows_per_head + r0) * t.ldc + j;
+    const int64_t head_q = t.rows_per_head * t.lda, head_s = t.rows_per_head * t.ldc;
+    vf acc[W];
+    FASTOPS_UNROLL
+    for (int i = 0; i < W; ++i) acc[i] = vzero();
+    const T* kr[HB * JB];
+    FASTOPS_UNROLL
+    for (int hh = 0; hh < HB; ++hh) {
+      FASTOPS_UNROLL
+      for (int jj = 0; jj < JB; ++jj) kr[hh * JB + jj] = t.rows[j + jj] + (h + hh) * t.step;
+    }
+    constexpr int kUnit = kDot16<T> ? 2 * W : W;
+    int d = 0;
+    for (; d + kUnit <= t.dim; d += kUnit) dots_step<HB, RB, JB>(acc, kr, q, head_q, t.lda, d, kUnit);
+    if (d < t.dim) dots_step<HB, RB, JB>(acc, kr, q, head_q, t.lda, d, t.dim - d);
+    float sums[W];
+    vstore(sums, vreduce(acc));
+    FASTOPS_UNROLL
+    for (int hh = 0; hh < HB; ++hh) {
+      FASTOPS_UNROLL
+      for (int r = 0; r < RB; ++r)
+        std::memcpy(s + hh * head_s + r * t.ldc, sums + (hh * RB + r) * JB, JB * sizeof(float));
     }
   }
 
-  template <int HB, int RB, int JB, bool kWhole>
-  FASTOPS_INLINE void dots_step(vf (&acc)[W], const T* const (&kr)[HB * JB], const float* q, int64_t head_q, int d) {
+  template <int HB, int RB, int JB>
+  static FASTOPS_INLINE void dots_step(vf (&acc)[W], const T* const (&kr)[HB * JB], const float* q, int64_t head_q,
+                                       int64_t ldq, int d, int n) {
+    FASTOPS_UNROLL
     for (int hh = 0; hh < HB; ++hh) {
+#if defined(FASTOPS_HAS_BF16_DOT)
+      if constexpr (kDot16<T>) {
+        const __mmask32 m = n == 2 * W ? 0xffffffffu : (1u << n) - 1u;
+        __m512i kv[JB];
+        FASTOPS_UNROLL
+        for (int jj = 0; jj < JB; ++jj) kv[jj] = _mm512_maskz_loadu_epi16(m, kr[hh * JB + jj] + d);
+        FASTOPS_UNROLL
+        for (int r = 0; r < RB; ++r) {
+          const __m512i qv = _mm512_loadu_si512(q + hh * head_q + r * ldq + d / 2);
+          FASTOPS_UNROLL
+          for (int jj = 0; jj < JB; ++jj) {
+            vf& a = acc[(hh * RB + r) * JB + jj];
+            a = _mm512_dpbf16_ps(a, (__m512bh)qv, (__m512bh)kv[jj]);
+          }
+        }
+        continue;
+      }
+#endif
       vf kv[JB];
-      for (int jj = 0; jj < JB; ++jj)
-        kv[jj] = kWhole ? vload(kr[hh * JB + jj] + d) : vloadn(kr[hh * JB + jj] + d, w.D - d);
+      FASTOPS_UNROLL
+      for (int jj = 0; jj < JB; ++jj) kv[jj] = n == W ? vload(kr[hh * JB + jj] + d) : vloadn(kr[hh * JB + jj] + d, n);
+      FASTOPS_UNROLL
       for (int r = 0; r < RB; ++r) {
-        const vf qv = vload(q + hh * head_q + r * w.ldq + d);
+        const vf qv = vload(q + hh * head_q + r * ldq + d);
+        FASTOPS_UNROLL
         for (int jj = 0; jj < JB; ++jj) acc[(hh * RB + r) * JB + jj] = vfma(qv, kv[jj], acc[(hh * RB + r) * JB + jj]);
       }
     }
   }
 
-  // Rows [i, ...) of HB heads in groups of RB; the first group is the one that reads memory, so it looks ahead.
-  template <int HB, int RB, int JB>
-  int row_groups(int h, int i, int rows, int j, int end, int share) {
-    for (; rows - i >= RB; i += RB) dots<HB, RB, JB>(h, i, j, end, i == 0 ? share : 0);
-    return i;
-  }
-
   void scores(int, int rows, int n) {
-    const int share = lines(w.D);
-    for (int j = 0; j < n; j += block) {
-      const int end = j + block < n ? j + block : n;
-      look_ahead(w.kr, end, n, w.vr, n, w.k_step, w.D);
-      if (w.heads == 1) {
-        int i = row_groups<1, 4, W / 4>(0, 0, rows, j, end, share);
-        i = row_groups<1, 2, W / 2>(0, i, rows, j, end, share);
-        row_groups<1, 1, W>(0, i, rows, j, end, share);
-        continue;
+    const int now = lead < n ? lead : n, share = lines(w.D);
+    RowStream stream(w.kr + now, n - now, k_bytes, w.vr, now, v_bytes);
+    const View t{w.kr, w.k_step, w.q, w.ldq, w.s, w.BK, w.rows, w.D};
+    if (w.heads == 1) {  // a vector of keys at once
+      for (int j = 0; j < n; j += W) {
+        int i = 0;
+        for (; rows - i >= 4; i += 4)
+          for (int jj = 0; jj < W; jj += W / 4) {
+            if (i == 0) stream.step(share * (W / 4));
+            dots<1, 4, W / 4>(t, 0, i, j + jj);
+          }
+        for (; rows - i >= 2; i += 2)
+          for (int jj = 0; jj < W; jj += W / 2) {
+            if (i == 0) stream.step(share * (W / 2));
+            dots<1, 2, W / 2>(t, 0, i, j + jj);
+          }
+        for (; rows - i >= 1; ++i) {
+          if (i == 0) stream.step(share * W);
+          dots<1, 1, W>(t, 0, i, j);
+        }
       }
+      return;
+    }
+    for (int j = 0; j < n; j += kStep) {
       int h = 0;
       if (rows == 1)
-        for (; h + 4 <= w.heads; h += 4) row_groups<4, 1, kStep>(h, 0, rows, j, end, 4 * share);
+        for (; h + 4 <= w.heads; h += 4) {
+          stream.step(share * kStep * 4);
+          dots<4, 1, kStep>(t, h, 0, j);
+        }
       if (rows == 2)
-        for (; h + 2 <= w.heads; h += 2) row_groups<2, 2, kStep>(h, 0, rows, j, end, 2 * share);
+        for (; h + 2 <= w.heads; h += 2) {
+          stream.step(share * kStep * 2);
+          dots<2, 2, kStep>(t, h, 0, j);
+        }
       for (; h < w.heads; ++h) {
-        int i = row_groups<1, 4, kStep>(h, 0, rows, j, end, share);
-        i = row_groups<1, 2, kStep>(h, i, rows, j, end, share);
-        row_groups<1, 1, kStep>(h, i, rows, j, end, share);
+        stream.step(share * kStep);
+        int i = 0;
+        for (; rows - i >= 4; i += 4) dots<1, 4, kStep>(t, h, i, j);
+        for (; rows - i >= 2; i += 2) dots<1, 2, kStep>(t, h, i, j);
+        for (; rows - i >= 1; ++i) dots<1, 1, kStep>(t, h, i, j);
       }
     }
   }
 
+  // c[RB rows][NV vectors] += probabilities times values of the keys [j0, j1), at column d of head h. n < W: the last,
+  // partial vector (then NV is 1).
   template <int RB, int NV>
-  void weigh(float* o, const float* s, int64_t at, int j0, int j1, int share) {
+  static FASTOPS_INLINE void weigh(const View& t, RowStream& stream, int h, int r0, int d, int j0, int j1, int share,
+                                   int n) {
+    const int64_t row = static_cast<int64_t>(h) * t.rows_per_head + r0, at = h * t.step + d;
+    float* o = t.c + row * t.ldc + d;
+    const float* p = t.a + row * t.lda;
     vf acc[RB][NV];
-    for (int r = 0; r < RB; ++r)
-      for (int c = 0; c < NV; ++c) acc[r][c] = vload(o + static_cast<int64_t>(r) * w.VP + c * W);
-    for (int j = j0; j < j1; ++j) {
-      ahead.step(share);
-      const T* v = w.vr[j] + at;
-      vf x[NV];
-      for (int c = 0; c < NV; ++c) x[c] = vload(v + c * W);
-      for (int r = 0; r < RB; ++r) {
-        const vf pj = vset(s[r * w.BK + j]);
-        for (int c = 0; c < NV; ++c) acc[r][c] = vfma(pj, x[c], acc[r][c]);
+    FASTOPS_UNROLL
+    for (int r = 0; r < RB; ++r) {
+      FASTOPS_UNROLL
+      for (int c = 0; c < NV; ++c) acc[r][c] = vload(o + r * t.ldc + c * W);
+    }
+#if defined(FASTOPS_HAS_BF16_DOT)
+    if constexpr (kDot16<T>) {  // two keys at once: a vector of values holds their pairs, columns in order
+      const __m512i lanes =
+          _mm512_cvtepu16_epi32(_mm256_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+      const __m512i low = _mm512_or_si512(lanes, _mm512_slli_epi32(_mm512_add_epi32(lanes, _mm512_set1_epi32(32)), 16));
+      const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+      for (int j = j0; j < j1; j += 2) {
+        if (share > 0) stream.step(2 * share);
+        const T *a = t.rows[j] + at, *b = t.rows[j + 1] + at;
+        const bool both = j + 1 < j1;  // an absent key's value is not read
+        __m512i x[NV];
+        if constexpr (NV == 1) {
+          const __mmask32 m = n >= W ? 0xffffu : (1u << n) - 1u;
+          x[0] =
+              _mm512_permutex2var_epi16(_mm512_maskz_loadu_epi16(m, a), low, _mm512_maskz_loadu_epi16(both ? m : 0, b));
+        } else {
+          FASTOPS_UNROLL
+          for (int c = 0; c < NV; c += 2) {
+            const __m512i va = _mm512_loadu_si512(a + c * W);
+            const __m512i vb = _mm512_maskz_loadu_epi16(both ? 0xffffffffu : 0u, b + c * W);
+            x[c] = _mm512_permutex2var_epi16(va, low, vb);
+            x[c + 1] = _mm512_permutex2var_epi16(va, high, vb);
+          }
+        }
+        FASTOPS_UNROLL
+        for (int r = 0; r < RB; ++r) {
+          const __m512bh pj = (__m512bh)_mm512_castps_si512(vset(p[r * t.lda + j / 2]));
+          FASTOPS_UNROLL
+          for (int c = 0; c < NV; ++c) acc[r][c] = _mm512_dpbf16_ps(acc[r][c], pj, (__m512bh)x[c]);
+        }
+      }
+    } else
+#endif
+    {
+      for (int j = j0; j < j1; ++j) {
+        if (share > 0) stream.step(share);
+        const T* v = t.rows[j] + at;
+        vf x[NV];
+        FASTOPS_UNROLL
+        for (int c = 0; c < NV; ++c) x[c] = NV > 1 || n >= W ? vload(v + c * W) : vloadn(v, n);
+        FASTOPS_UNROLL
+        for (int r = 0; r < RB; ++r) {
+          const vf pj = vset(p[r * t.lda + j]);
+          FASTOPS_UNROLL
+          for (int c = 0; c < NV; ++c) acc[r][c] = vfma(pj, x[c], acc[r][c]);
+        }
       }
     }
-    for (int r = 0; r < RB; ++r)
-      for (int c = 0; c < NV; ++c) vstore(o + static_cast<int64_t>(r) * w.VP + c * W, acc[r][c]);
+    FASTOPS_UNROLL
+    for (int r = 0; r < RB; ++r) {
+      FASTOPS_UNROLL
+      for (int c = 0; c < NV; ++c) vstore(o + r * t.ldc + c * W, acc[r][c]);
+    }
   }
 
   template <int RB>
-  void weigh_all(int h, int r0, int j0, int j1, int share) {
+  static FASTOPS_INLINE void weigh_all(const View& t, RowStream& stream, int h, int r0, int j0, int j1, int share) {
     constexpr int NV = W == 16 ? 4 : 2;
-    const int64_t row = static_cast<int64_t>(h) * w.rows + r0, head = h * w.v_step;
-    float* o = w.st.o + row * w.VP;
-    const float* s = w.s + row * w.BK;
     int d = 0;
-    for (; d + NV * W <= w.Dv; d += NV * W, share = 0) weigh<RB, NV>(o + d, s, head + d, j0, j1, share);
-    for (; d + W <= w.Dv; d += W, share = 0) weigh<RB, 1>(o + d, s, head + d, j0, j1, share);
-    if (d < w.Dv) {
-      vf acc[RB];
-      for (int r = 0; r < RB; ++r) acc[r] = vload(o + static_cast<int64_t>(r) * w.VP + d);
-      for (int j = j0; j < j1; ++j) {
-        const vf x = vloadn(w.vr[j] + head + d, w.Dv - d);
-        for (int r = 0; r < RB; ++r) acc[r] = vfma(vset(s[r * w.BK + j]), x, acc[r]);
-      }
-      for (int r = 0; r < RB; ++r) vstore(o + static_cast<int64_t>(r) * w.VP + d, acc[r]);
-    }
+    for (; d + NV * W <= t.dim; d += NV * W, share = 0) weigh<RB, NV>(t, stream, h, r0, d, j0, j1, share, W);
+    for (; d < t.dim; d += W, share = 0) weigh<RB, 1>(t, stream, h, r0, d, j0, j1, share, t.dim - d);
   }
 
   void accumulate(int, int rows, int n) {
-    const int share = lines(w.Dv);
+    const int now = lead < n ? lead : n, share = lines(w.Dv);
+    RowStream stream(w.vr + now, n - now, v_bytes, w.kr + w.tile, lead < next ? lead : next, k_bytes);
+    const View t{w.vr, w.v_step, kBf16P ? w.p16 : w.s, kBf16P ? w.BK / 2 : w.BK, w.st.o, w.VP, w.rows, w.Dv};
     for (int j = 0; j < n; j += block) {
       const int end = j + block < n ? j + block : n;
-      look_ahead(w.vr, end, n, w.kr + w.tile, next, w.v_step, w.Dv);
       for (int h = 0; h < w.heads; ++h) {
         int i = 0;
-        for (; rows - i >= 4; i += 4) weigh_all<4>(h, i, j, end, i == 0 ? share : 0);
-        if (rows - i >= 2) {
-          weigh_all<2>(h, i, j, end, i == 0 ? share : 0);
-          i += 2;
-        }
-        if (rows - i >= 1) weigh_all<1>(h, i, j, end, i == 0 ? share : 0);
+        for (; rows - i >= 4; i += 4) weigh_all<4>(t, stream, h, i, j, end, i == 0 ? share : 0);
+        for (; rows - i >= 2; i += 2) weigh_all<2>(t, stream, h, i, j, end, i == 0 ? share : 0);
+        for (; rows - i >= 1; ++i) weigh_all<1>(t, stream, h, i, j, end, i == 0 ? share : 0);
       }
     }
   }

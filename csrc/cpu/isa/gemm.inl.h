@@ -28,23 +28,20 @@ template <class Dot, bool kTransA, int MR, int NV>
 FASTOPS_INLINE void gemm_block(const float* __restrict a, int64_t lda, const float* __restrict b, int64_t ldb,
                                float* __restrict c, int64_t ldc, int K, bool add) {
   vf acc[MR][NV];
-#pragma GCC unroll 8
-  for (int i = 0; i < MR; ++i)
-#pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) acc[i][j] = add ? vload(c + i * ldc + j * W) : vzero();
+  FASTOPS_UNROLL
+  for (int i = 0; i < MR; ++i) FASTOPS_UNROLL
+  for (int j = 0; j < NV; ++j) acc[i][j] = add ? vload(c + i * ldc + j * W) : vzero();
   for (int k = 0; k < K; ++k) {
     vf bv[NV];
-#pragma GCC unroll 4
+    FASTOPS_UNROLL
     for (int j = 0; j < NV; ++j) bv[j] = vload(b + k * ldb + j * W);
-#pragma GCC unroll 8
-    for (int i = 0; i < MR; ++i)
-#pragma GCC unroll 4
-      for (int j = 0; j < NV; ++j) acc[i][j] = Dot::dot(kTransA ? a + k * lda + i : a + i * lda + k, bv[j], acc[i][j]);
+    FASTOPS_UNROLL
+    for (int i = 0; i < MR; ++i) FASTOPS_UNROLL
+    for (int j = 0; j < NV; ++j) acc[i][j] = Dot::dot(kTransA ? a + k * lda + i : a + i * lda + k, bv[j], acc[i][j]);
   }
-#pragma GCC unroll 8
-  for (int i = 0; i < MR; ++i)
-#pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) vstore(c + i * ldc + j * W, acc[i][j]);
+  FASTOPS_UNROLL
+  for (int i = 0; i < MR; ++i) FASTOPS_UNROLL
+  for (int j = 0; j < NV; ++j) vstore(c + i * ldc + j * W, acc[i][j]);
 }
 
 template <class Dot, bool kTransA, int NV>

@@ -13,3 +13,5 @@
 
 // The vocabulary must vanish into its callers: a call would pass vectors through memory.
 #define FASTOPS_INLINE inline __attribute__((always_inline))
+// Before a loop of a fixed, small count over an array of vectors: unrolled early, the array lives in registers.
+#define FASTOPS_UNROLL _Pragma("GCC unroll 16")
