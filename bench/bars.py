@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """`measure` of a case must reach `least`: "share" (of the binding ceiling), "vs:NAME" (times faster than a rival)
-    or "microseconds" (at most, here)."""
+    """`measure` of a case must reach `least`: "share" (of the binding ceiling), "vs:NAME" (times faster than a rival),
+    "vs-fp32" (a 16-bit case against the same one in fp32) or "microseconds" (at most, here)."""
 
     tag: str
     measure: str
@@ -18,6 +18,7 @@ class Bar:
 BARS = [
     Bar("attention-prefill", "vs:torch", 1.4),
     Bar("attention-prefill", "share", 0.80),
+    Bar("attention-prefill", "vs-fp32", 1.0),
     Bar("attention-decode", "share", 0.85),
     Bar("paged-decode", "vs:dense", 0.95),
     Bar("paged-decode-shuffled", "vs:dense", 0.75),  # the read itself is that much slower

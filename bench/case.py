@@ -13,7 +13,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """``make(seed)`` builds one set of inputs; ``run`` maps a candidate's name to a function of them.
+    """``make()`` builds one set of inputs; ``run`` maps a candidate's name to a function of them.
 
     ``kind`` says which ceiling binds: "compute" (flops against the best fp32 matmul), "memory" (bytes against the best
     large read; inputs rotate so that none is in cache) or "latency" (microseconds per call, hot).

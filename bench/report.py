@@ -99,7 +99,8 @@ def as_json(results: list[Result], ceilings: Ceilings, machine: dict[str, Any]) 
         "results": [
             {
                 "op": r.case.op, "case": r.case.name, "dtype": r.case.dtype, "kind": r.case.kind,
-                "flops": r.case.flops, "bytes": r.case.bytes, "ceiling": statistics.median(r.ceiling) if r.ceiling else None,
+                "flops": r.case.flops, "bytes": r.case.bytes,
+                "ceiling": statistics.median(r.ceiling) if r.ceiling else None,
                 "candidates": {
                     n: {
                         "median_s": t.median, "p20_s": t.quantile(0.2), "p80_s": t.quantile(0.8),

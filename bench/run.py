@@ -19,7 +19,7 @@ from .bars import BARS
 from .case import DTYPES, Case
 from .ceilings import Ceilings
 from .machine import describe
-from .protocol import Ratio, Timing, copies_for, measure, ratio
+from .protocol import NOISE_FLOOR, Ratio, Timing, copies_for, measure, ratio
 from .shapes import named
 
 READ = "large read"  # the candidate that measures the ceiling of a memory-bound case
@@ -157,6 +157,7 @@ def run_cases(cases: list[Case], args: argparse.Namespace, ceilings: Ceilings) -
 def check(results: list[Result]) -> list[str]:
     """The bars that were missed, as sentences. A miss inside the noise is no miss."""
     misses = []
+    twins = {(r.case.op, r.case.name): r for r in results if r.case.dtype == "fp32"}
     for r in results:
         for bar in BARS:
             if bar.tag not in r.case.tags:
@@ -165,6 +166,12 @@ def check(results: list[Result]) -> list[str]:
                 got = r.share(r.ours) or 0.0
                 if got * (1 + r.timings[r.ours].spread) < bar.least:
                     misses.append(f"{r.case.label}: {got:.0%} of the ceiling, the bar is {bar.least:.0%}")
+            elif bar.measure == "vs-fp32":
+                wide = twins.get((r.case.op, r.case.name))
+                if r.case.dtype != "fp32" and wide is not None:
+                    found = ratio(r.timings[r.ours], wide.timings[wide.ours])
+                    if found.high < bar.least * (1 - NOISE_FLOOR):
+                        misses.append(f"{r.case.label}: {found.median:.2f}x of fp32, the bar is {bar.least:g}x")
             elif bar.measure == "microseconds":
                 got = r.timings[r.ours].median * 1e6
                 if r.timings[r.ours].quantile(0.2) * 1e6 > bar.least:

@@ -27,8 +27,10 @@ def _case(s: Shape, name: str) -> Case:
 
     def make() -> Any:
         ours = [torch.randn(total, h, s.d).to(dtype) for h in (s.hq, s.hkv, s.hkv)]
-        padded = [torch.randn(4, h, pad, s.d).to(dtype) for h in (s.hq, s.hkv, s.hkv)]
-        return (*ours, *padded)
+        padded = [torch.zeros(4, pad, h, s.d, dtype=dtype) for h in (s.hq, s.hkv, s.hkv)]
+        for p, t in zip(padded, ours, strict=True):
+            p[mask] = t
+        return (*ours, *(p.transpose(1, 2).contiguous() for p in padded))
 
     run = {
         "fastops": lambda x: fastops.attention_varlen(*x[:3], cu, cu, causal=True),
