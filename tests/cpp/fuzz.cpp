@@ -154,7 +154,7 @@ void spoil_tensor(Random& r, fastops_tensor* t, bool is_index) {
   }
 }
 
-void threads(void*, int64_t n, int64_t, fastops_range_fn f, void* arg) {
+void run_threads(void*, int64_t n, int64_t, fastops_range_fn f, void* arg) {
   std::vector<std::thread> pool;
   for (int64_t i = 1; i < n; ++i) pool.emplace_back([=] { f(arg, i, i + 1); });
   f(arg, 0, 1);
@@ -191,7 +191,7 @@ void run(Run call, Need need, std::initializer_list<int> outs, bool compare) {
     fastops_env env{};
     env.struct_size = sizeof env;
     env.num_threads = n;
-    env.parallel_for = &threads;
+    env.parallel_for = &run_threads;
     env.message = message;
     size_t bytes = 0;
     sane(need(&env, &bytes), message);
@@ -376,11 +376,49 @@ void fuzz_scale_add(Random& r) {
   run([&](fastops_env* env) { return fastops_scale_add(&d, env); }, no_workspace, {OUT}, !overlaps_itself(d.out));
 }
 
+// The header's promise: at most 1 MiB of workspace for each thread, whatever the lengths.
+void bound_workspace() {
+  for (int64_t D : {8, 64, 72, 128, 136, 256})
+    for (int64_t Hkv : {1, 8, 64})
+      for (int64_t G : {1, 4, 16})
+        for (int64_t Sq : {1, 2, 9, 300, 4096, 100000})
+          for (int64_t Sk : {0, 100, 5000, 1000000})
+            for (int64_t B : {1, 3, 100})
+              for (int threads : {1, 2, 96}) {
+                fastops_attention_desc d{};
+                d.struct_size = sizeof d;
+                d.scale = 1.0f;
+                d.window_left = d.window_right = -1;
+                const auto view = [](std::initializer_list<int64_t> sizes) {  // dense, and never read
+                  fastops_tensor t{};
+                  t.data = region(Q).last(64);
+                  t.dtype = FASTOPS_F32;
+                  for (int64_t n : sizes) t.size[t.ndim++] = n;
+                  int64_t stride = 1;
+                  for (int i = t.ndim - 1; i >= 0; --i) {
+                    t.stride[i] = stride;
+                    stride *= t.size[i] > 0 ? t.size[i] : 1;
+                  }
+                  return t;
+                };
+                d.q = d.out = view({B, Sq, Hkv * G, D});
+                d.k = d.v = view({B, Sk, Hkv, D});
+                fastops_env env{};
+                env.struct_size = sizeof env;
+                env.num_threads = threads;
+                env.parallel_for = &run_threads;
+                size_t bytes = 0;
+                REQUIRE(fastops_attention_workspace(&d, &env, &bytes) == FASTOPS_OK, "refused");
+                REQUIRE(bytes <= static_cast<size_t>(threads) << 20, "%zu bytes for %d threads", bytes, threads);
+              }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   const uint64_t first = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 0;
   const uint64_t count = argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 1000;
+  bound_workspace();
   std::mt19937 noise(1);
   for (int slot = 0; slot < SLOTS; ++slot)  // any bits: NaN and infinities too, in 16 bits and in 32
     for (char* p = region(slot).last(Region::kSize); p < region(slot).last(0); p += 4) {

@@ -181,8 +181,7 @@ void attention_item(const AttentionParams& p, const AttentionItem& it, float* sc
   if (p.dtype == 3) run_source<bf16>(p, it, s, scratch);
 }
 
-// ---- pieces of merging (merge.h)
-// -------------------------------------------------------------------------------------
+// ---- pieces of merging (merge.h) ----------------------------------------------------------------------------------
 
 template <class T>
 void add_weighted_as(float* acc, const T* x, int n, float weight) {

@@ -104,13 +104,16 @@ typedef enum fastops_align {
   FASTOPS_ALIGN_TOP_LEFT = 1      /* query i stands at key position i (torch's is_causal) */
 } fastops_align;
 
+/* clang-format off */
 /* softmax(mask(softcap(scale * q k^T) + bias + alibi)) v, with these layouts, told apart by which tensors are given:
- *   dense  : q [B,Sq,Hq,D]  k [B,Sk,Hkv,D]  v [B,Sk,Hkv,Dv]  out [B,Sq,Hq,Dv]  lse [B,Hq,Sq]
- *   ragged : q [T,Hq,D]     k [Tk,Hkv,D]    v [Tk,Hkv,Dv]    out [T,Hq,Dv]     lse [Hq,T]   (cu_seqlens_q,
- * cu_seqlens_k) paged  : q [T,Hq,D]     k [P,page,Hkv,D] v [P,page,Hkv,Dv] out, lse as ragged           (block_table,
- * seq_lens; without cu_seqlens_q each sequence has T / B queries) A query at position p sees key j iff p - window_left
- * <= j <= p + window_right (-1: unbounded); causal is window_right = 0. D and Dv: 1..256. q, k, v, out: one dtype of
- * fp32, fp16, bf16 (out may also be fp32). */
+ *   dense  : q [B,Sq,Hq,D]  k [B,Sk,Hkv,D]    v [B,Sk,Hkv,Dv]    out [B,Sq,Hq,Dv]  lse [B,Hq,Sq]
+ *   ragged : q [T,Hq,D]     k [Tk,Hkv,D]      v [Tk,Hkv,Dv]      out [T,Hq,Dv]     lse [Hq,T]
+ *            with cu_seqlens_q and cu_seqlens_k
+ *   paged  : q [T,Hq,D]     k [P,page,Hkv,D]  v [P,page,Hkv,Dv]  out [T,Hq,Dv]     lse [Hq,T]
+ *            with block_table and seq_lens; without cu_seqlens_q each sequence has T / B queries
+ * A query at position p sees key j iff p - window_left <= j <= p + window_right (-1: unbounded); causal is
+ * window_right = 0. D and Dv: 1..256. q, k, v, out: one dtype of fp32, fp16, bf16 (out may also be fp32). */
+/* clang-format on */
 typedef struct fastops_attention_desc {
   uint32_t struct_size;
   int32_t align; /* fastops_align */
@@ -135,8 +138,8 @@ FASTOPS_API fastops_status fastops_attention_workspace(const fastops_attention_d
 FASTOPS_API fastops_status fastops_attention_fwd(const fastops_attention_desc* desc, fastops_env* env);
 
 /* Gradients for the dense and ragged layouts (paged: FASTOPS_ERR_UNSUPPORTED). fwd.out and fwd.lse hold the forward's
- * results. No gradient for alibi_slopes and bias. Recomputes the probabilities tile by tile: nothing grows with Sq *
- * Sk. */
+ * results. No gradient for alibi_slopes and bias. Recomputes the probabilities tile by tile: no memory that grows with
+ * Sq x Sk. */
 typedef struct fastops_attention_bwd_desc {
   uint32_t struct_size;
   int32_t reserved;
@@ -169,8 +172,7 @@ typedef struct fastops_merge_states_desc {
 FASTOPS_API fastops_status fastops_merge_states_check(const fastops_merge_states_desc* desc, char* message);
 FASTOPS_API fastops_status fastops_merge_states(const fastops_merge_states_desc* desc, fastops_env* env);
 
-/* ---- scale_add: the skeleton that a new operator copies (docs/adding-an-op.md) --------------------------------------
- */
+/* ---- scale_add: the skeleton that a new operator copies (docs/adding-an-op.md) -------------------------------- */
 
 /* out = alpha * x + y, element by element, in fp32 with one rounding at the end. x, y, out: one shape and one dtype of
  * fp32, fp16, bf16; out may be x or y itself. */
