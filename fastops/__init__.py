@@ -1,12 +1,15 @@
 """fastops: attention and GEMM operators, first-class on every machine. See README.md and docs/."""
 
+from fastops import int4, nn
 from fastops.dispatch import explain, override
 from fastops.dispatch.override import read_environment as _read_environment
 from fastops.errors import FallbackWarning, NotSupportedError
 from fastops.info import info, set_isa, use_isa
+from fastops.int4 import Int4Weight
 from fastops.ops.attention import attention
 from fastops.ops.attention_paged import attention_paged
 from fastops.ops.attention_varlen import attention_varlen
+from fastops.ops.int4_linear import int4_linear
 from fastops.ops.merge_states import merge_states
 from fastops.ops.scale_add import scale_add
 from fastops.ops.sdpa import scaled_dot_product_attention
@@ -14,13 +17,17 @@ from fastops.ops.sdpa import scaled_dot_product_attention
 __version__ = "0.1.0"
 __all__ = [
     "FallbackWarning",
+    "Int4Weight",
     "NotSupportedError",
     "attention",
     "attention_paged",
     "attention_varlen",
     "explain",
     "info",
+    "int4",
+    "int4_linear",
     "merge_states",
+    "nn",
     "override",
     "scale_add",
     "scaled_dot_product_attention",

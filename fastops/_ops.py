@@ -39,6 +39,7 @@ _PAGED = (
 _PAIR = ", bool return_lse=False) -> (Tensor, Tensor)"
 _GRADIENTS = "Tensor dout, Tensor? dlse, Tensor out, Tensor lse, "
 _FOUR = ") -> (Tensor, Tensor, Tensor, Tensor)"
+_INT4 = "Tensor? zeros=None, Tensor? mins=None, Tensor? perm=None, Tensor? bias=None, *, bool int8=False"
 _INTO = ", Tensor(a!) out, Tensor(b!)? lse=None) -> ()"
 
 # Only read when the C++ library (csrc/torch/schemas.cpp) is absent; a test holds the two together.
@@ -56,6 +57,9 @@ SCHEMAS = {
         "Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, float dropout_p=0.0, "
         "bool is_causal=False, float? scale=None, bool enable_gqa=False) -> Tensor"
     ),
+    "int4_pack": "Tensor codes) -> Tensor",
+    "int4_linear": f"Tensor x, Tensor codes, Tensor scales, int n, {_INT4}) -> Tensor",
+    "int4_linear_out": f"Tensor x, Tensor codes, Tensor scales, {_INT4}, Tensor(a!) out) -> ()",
     "scale_add": "Tensor x, Tensor y, *, float alpha=1.0) -> Tensor",
     "scale_add_out": "Tensor x, Tensor y, *, float alpha=1.0, Tensor(a!) out) -> ()",
 }

@@ -54,14 +54,14 @@ Features detect() {
   const bool os_ymm = (xcr0 & 0x6) == 0x6, os_zmm = (xcr0 & 0xe6) == 0xe6, os_tiles = (xcr0 & 0x60000) == 0x60000;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return f;
   const uint32_t leaf7_max = a;
-  const bool avx2 = b & (1u << 5);
+  const bool avx2 = b & (1u << 5), vnni = c & (1u << 11);  // every processor with BF16 products has VNNI
   const uint32_t avx512 = (1u << 16) | (1u << 17) | (1u << 30) | (1u << 31);  // F, DQ, BW, VL
   const bool amx = (d & (1u << 24)) && (d & (1u << 22));                      // tiles, bf16
   f.has[1] = os_ymm && avx2 && fma && f16c;
   f.has[2] = f.has[1] && os_zmm && (b & avx512) == avx512;
   bool bf16 = false;
   if (leaf7_max >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) bf16 = a & (1u << 5);
-  f.has[3] = f.has[2] && bf16;
+  f.has[3] = f.has[2] && bf16 && vnni;
   f.has[4] = f.has[3];
   f.has[5] = f.has[3] && amx && os_tiles && request_tiles();
   return f;

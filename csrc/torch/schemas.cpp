@@ -11,6 +11,7 @@
   "Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, Tensor? cu_seqlens_q=None, *, " TAIL
 #define RETURNS ", bool return_lse=False) -> (Tensor, Tensor)"
 #define GRADIENTS ") -> (Tensor, Tensor, Tensor, Tensor)"
+#define INT4 "Tensor? zeros=None, Tensor? mins=None, Tensor? perm=None, Tensor? bias=None, *, bool int8=False"
 #define INTO ", Tensor(a!) out, Tensor(b!)? lse=None) -> ()"
 
 STABLE_TORCH_LIBRARY(fastops, m) {
@@ -27,6 +28,10 @@ STABLE_TORCH_LIBRARY(fastops, m) {
   m.def(
       "scaled_dot_product_attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, "
       "float dropout_p=0.0, bool is_causal=False, float? scale=None, bool enable_gqa=False) -> Tensor");
+  // codes, scales, zeros and mins as int4_pack and docs/ops/int4_linear.md lay them out
+  m.def("int4_pack(Tensor codes) -> Tensor");
+  m.def("int4_linear(Tensor x, Tensor codes, Tensor scales, int n, " INT4 ") -> Tensor");
+  m.def("int4_linear_out(Tensor x, Tensor codes, Tensor scales, " INT4 ", Tensor(a!) out) -> ()");
   m.def("scale_add(Tensor x, Tensor y, *, float alpha=1.0) -> Tensor");
   m.def("scale_add_out(Tensor x, Tensor y, *, float alpha=1.0, Tensor(a!) out) -> ()");
 }

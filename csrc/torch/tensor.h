@@ -37,6 +37,8 @@ inline int32_t dtype_of(const Tensor& t) {
       return FASTOPS_I32;
     case ScalarType::Long:
       return FASTOPS_I64;
+    case ScalarType::Byte:
+      return FASTOPS_U8;
     case ScalarType::Bool:
       return FASTOPS_BOOL;
     case ScalarType::Double:

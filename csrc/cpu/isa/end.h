@@ -2,5 +2,6 @@
 #pragma GCC pop_options
 #undef FASTOPS_ISA
 #undef FASTOPS_HAS_BF16_DOT
+#undef FASTOPS_HAS_VNNI
 #undef FASTOPS_HAS_AMX
 #undef FASTOPS_AMX_EMULATE

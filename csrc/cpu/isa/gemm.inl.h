@@ -1,9 +1,9 @@
 // The one small matrix multiply under every kernel: C[M][N] (+)= A[M][K] B[K][N].
 //
 // Operands are 32-bit units: fp32 numbers (DotF32) or pairs of bf16 whose products a lane adds up (DotBf16), so both
-// share layouts and loops. A is row-major and read one broadcast at a time; B holds W-wide columns; N is a multiple of
-// W, M and K are free. A register block is kMR x (kNV * W): 6 x 4 vectors leave 32 registers room for four of B and one
-// of A, 6 x 2 do the same for 16.
+// share layouts and loops; so do groups of four bytes (DotU8S8). A is row-major and read one broadcast at a time; B
+// holds W-wide columns; N is a multiple of W, M and K are free. A register block is kMR x (kNV * W): 6 x 4 vectors
+// leave 32 registers room for four of B and one of A, 6 x 2 do the same for 16.
 namespace fastops::cpu::FASTOPS_ISA {
 namespace {
 
@@ -20,6 +20,15 @@ struct DotBf16 {
   }
 };
 #endif
+
+// Units are four unsigned bytes of B (at most 15) and four signed ones of A; C holds the bits of 32-bit integers.
+struct DotU8S8 {
+  static FASTOPS_INLINE vf dot(const float* a, vf b, vf acc) {
+    int32_t four;
+    std::memcpy(&four, a, sizeof(four));
+    return vi_as_bits(vdot4(vi_from_bits(acc), vi_from_bits(b), four));
+  }
+};
 
 constexpr int kMR = 6;
 constexpr int kNV = W == 16 ? 4 : 2;

@@ -106,6 +106,35 @@ FASTOPS_INLINE vf vreduce(const vf a[W]) {
   const vf s1 = _mm256_hadd_ps(_mm256_hadd_ps(a[4], a[5]), _mm256_hadd_ps(a[6], a[7]));
   return _mm256_add_ps(_mm256_permute2f128_ps(s0, s1, 0x20), _mm256_permute2f128_ps(s0, s1, 0x31));
 }
+
+// Integers: W lanes of 32 bits, or 4 W bytes.
+using vi = __m256i;
+FASTOPS_INLINE vi viload(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+FASTOPS_INLINE void vistore(void* p, vi x) { _mm256_storeu_si256(static_cast<__m256i*>(p), x); }
+FASTOPS_INLINE vi vizero() { return _mm256_setzero_si256(); }
+FASTOPS_INLINE vi viadd(vi a, vi b) { return _mm256_add_epi32(a, b); }
+FASTOPS_INLINE vf vi_to_float(vi x) { return _mm256_cvtepi32_ps(x); }
+FASTOPS_INLINE vi vi_from_bits(vf x) { return _mm256_castps_si256(x); }
+FASTOPS_INLINE vf vi_as_bits(vi x) { return _mm256_castsi256_ps(x); }
+// W integers from -127 to 127, rounded to nearest, as bytes.
+FASTOPS_INLINE void vstore_i8(int8_t* p, vf x) {
+  const __m256i wide = _mm256_cvtps_epi32(x);
+  const __m128i half = _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(half, half));
+}
+FASTOPS_INLINE vi vnibbles_low(vi x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
+FASTOPS_INLINE vi vnibbles_high(vi x) { return _mm256_and_si256(_mm256_srli_epi16(x, 4), _mm256_set1_epi8(15)); }
+// Nibble i of each lane, less 8.
+template <int i>
+FASTOPS_INLINE vf vnibble(vi x) {
+  const vi q = _mm256_and_si256(_mm256_srli_epi32(x, 4 * i), _mm256_set1_epi32(15));
+  return _mm256_cvtepi32_ps(_mm256_sub_epi32(q, _mm256_set1_epi32(8)));
+}
+// acc + the products of four unsigned bytes of `u` (at most 15) and the four signed ones of `s4`, in each lane.
+FASTOPS_INLINE vi vdot4(vi acc, vi u, int32_t s4) {
+  const __m256i pairs = _mm256_maddubs_epi16(u, _mm256_set1_epi32(s4));
+  return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
 FASTOPS_INLINE void vprefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
 }  // namespace

@@ -111,6 +111,50 @@ FASTOPS_INLINE vf vreduce(const vf a[W]) {
   }
   return _mm512_add_ps(_mm512_shuffle_f32x4(d[0], d[1], 0x88), _mm512_shuffle_f32x4(d[0], d[1], 0xdd));
 }
+
+// Integers: W lanes of 32 bits, or 4 W bytes.
+using vi = __m512i;
+FASTOPS_INLINE vi viload(const void* p) { return _mm512_loadu_si512(p); }
+FASTOPS_INLINE void vistore(void* p, vi x) { _mm512_storeu_si512(p, x); }
+FASTOPS_INLINE vi vizero() { return _mm512_setzero_si512(); }
+FASTOPS_INLINE vi viadd(vi a, vi b) { return _mm512_add_epi32(a, b); }
+FASTOPS_INLINE vf vi_to_float(vi x) { return _mm512_cvtepi32_ps(x); }
+FASTOPS_INLINE vi vi_from_bits(vf x) { return _mm512_castps_si512(x); }
+FASTOPS_INLINE vf vi_as_bits(vi x) { return _mm512_castsi512_ps(x); }
+// W integers from -127 to 127, rounded to nearest, as bytes.
+FASTOPS_INLINE void vstore_i8(int8_t* p, vf x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x)));
+}
+FASTOPS_INLINE vi vnibbles_low(vi x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
+FASTOPS_INLINE vi vnibbles_high(vi x) { return _mm512_and_si512(_mm512_srli_epi16(x, 4), _mm512_set1_epi8(15)); }
+// Nibble i of each lane, less 8.
+template <int i>
+FASTOPS_INLINE vf vnibble(vi x) {
+  const vf table = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm512_permutexvar_ps(_mm512_srli_epi32(x, 4 * i), table);
+}
+#if defined(FASTOPS_HAS_BF16_DOT)
+// Nibbles i and i + 4 of each lane, less 8, as a pair of bf16.
+template <int i>
+FASTOPS_INLINE vi vpairs_bf16(vi x) {
+  const __m256i half =
+      _mm256_setr_epi16(static_cast<int16_t>(0xc100), static_cast<int16_t>(0xc0e0), static_cast<int16_t>(0xc0c0),
+                        static_cast<int16_t>(0xc0a0), static_cast<int16_t>(0xc080), static_cast<int16_t>(0xc040),
+                        static_cast<int16_t>(0xc000), static_cast<int16_t>(0xbf80), 0, 0x3f80, 0x4000, 0x4040, 0x4080,
+                        0x40a0, 0x40c0, 0x40e0);
+  // The look-up takes five bits; the fifth belongs to a neighbour, so both halves of the table are the same.
+  return _mm512_permutexvar_epi16(_mm512_srli_epi32(x, 4 * i), _mm512_broadcast_i64x4(half));
+}
+#endif
+// acc + the products of four unsigned bytes of `u` (at most 15) and the four signed ones of `s4`, in each lane.
+FASTOPS_INLINE vi vdot4(vi acc, vi u, int32_t s4) {
+#if defined(FASTOPS_HAS_VNNI)
+  return _mm512_dpbusd_epi32(acc, u, _mm512_set1_epi32(s4));
+#else
+  const __m512i pairs = _mm512_maddubs_epi16(u, _mm512_set1_epi32(s4));
+  return _mm512_add_epi32(acc, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+#endif
+}
 FASTOPS_INLINE void vprefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
 }  // namespace

@@ -79,6 +79,40 @@ FASTOPS_INLINE void vtranspose(vf r[W]) {
     }
 }
 FASTOPS_INLINE vf vreduce(const vf a[W]) { return vf{vsum(a[0]), vsum(a[1]), vsum(a[2]), vsum(a[3])}; }
+
+// Integers: W lanes of 32 bits, or 4 W bytes.
+FASTOPS_INLINE vi viload(const void* p) {
+  vi x;
+  std::memcpy(&x, p, sizeof(x));
+  return x;
+}
+FASTOPS_INLINE void vistore(void* p, vi x) { std::memcpy(p, &x, sizeof(x)); }
+FASTOPS_INLINE vi vizero() { return vi{0, 0, 0, 0}; }
+FASTOPS_INLINE vi viadd(vi a, vi b) { return a + b; }
+FASTOPS_INLINE vf vi_to_float(vi x) { return __builtin_convertvector(x, vf); }
+FASTOPS_INLINE vi vi_from_bits(vf x) { return viload(&x); }
+FASTOPS_INLINE vf vi_as_bits(vi x) {
+  vf y;
+  std::memcpy(&y, &x, sizeof(y));
+  return y;
+}
+// W integers from -127 to 127, rounded to nearest, as bytes.
+FASTOPS_INLINE void vstore_i8(int8_t* p, vf x) {
+  const vf whole = vround(x);
+  for (int i = 0; i < W; ++i) p[i] = static_cast<int8_t>(whole[i]);
+}
+FASTOPS_INLINE vi vnibbles_low(vi x) { return x & 0x0f0f0f0f; }
+FASTOPS_INLINE vi vnibbles_high(vi x) { return (x >> 4) & 0x0f0f0f0f; }
+// Nibble i of each lane, less 8.
+template <int i>
+FASTOPS_INLINE vf vnibble(vi x) {
+  return vi_to_float(((x >> (4 * i)) & 15) - 8);
+}
+// acc + the products of four unsigned bytes of `u` (at most 15) and the four signed ones of `s4`, in each lane.
+FASTOPS_INLINE vi vdot4(vi acc, vi u, int32_t s4) {
+  for (int b = 0; b < 32; b += 8) acc += ((u >> b) & 255) * static_cast<int8_t>(s4 >> b);
+  return acc;
+}
 FASTOPS_INLINE void vprefetch(const void* p) { __builtin_prefetch(p); }
 
 }  // namespace

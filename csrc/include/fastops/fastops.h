@@ -48,7 +48,8 @@ typedef enum fastops_dtype {
   FASTOPS_I32 = 4,
   FASTOPS_I64 = 5,
   FASTOPS_BOOL = 6, /* one byte, 0 or 1 */
-  FASTOPS_F64 = 7   /* named so that a check can refuse it with a clear message */
+  FASTOPS_F64 = 7,  /* named so that a check can refuse it with a clear message */
+  FASTOPS_U8 = 8
 } fastops_dtype;
 
 #define FASTOPS_MAX_DIMS 5
@@ -171,6 +172,37 @@ typedef struct fastops_merge_states_desc {
 
 FASTOPS_API fastops_status fastops_merge_states_check(const fastops_merge_states_desc* desc, char* message);
 FASTOPS_API fastops_status fastops_merge_states(const fastops_merge_states_desc* desc, fastops_env* env);
+
+/* ---- int4_linear --------------------------------------------------------------------------------------------- */
+
+/* Canonical INT4 codes: uint8 [N, K / 2], input feature 2 j in the low nibble of byte j, 2 j + 1 in the high one.
+ * Packed for the CPU: uint8 [ceil(N / 16), K / 8, 16, 4], made once by fastops_int4_pack; scales, zeros and mins go
+ * with it as [ceil(N / 16), groups, 16], anything in the places behind feature N. */
+FASTOPS_API fastops_status fastops_int4_pack(const fastops_tensor* codes, const fastops_tensor* packed, char* message);
+
+/* out[m,n] = sum_k x[m,perm[k]] w[n,k] + bias[n] with, in group g = k / (K / groups),
+ *   w[n,k] = (code - zeros[n,g]) scales[n,g]    zeros given; without it 8
+ *   w[n,k] = code scales[n,g] - mins[n,g]       mins given
+ * int8 = 0: x as it is, sums in fp32. int8 = 1: each row of x is rounded to int8 (absmax / 127) and products are
+ * integer. */
+typedef struct fastops_int4_linear_desc {
+  uint32_t struct_size;
+  int32_t int8;
+  fastops_tensor x;      /* [M, K] fp32, fp16, bf16; K a multiple of 8 */
+  fastops_tensor out;    /* [M, N] x's dtype, or fp32 */
+  fastops_tensor codes;  /* packed */
+  fastops_tensor scales; /* [ceil(N / 16), groups, 16] fp32, fp16, bf16; groups divides K / 8 */
+  fastops_tensor zeros;  /* optional, like scales */
+  fastops_tensor mins;   /* optional, like scales; not with zeros */
+  fastops_tensor perm;   /* optional int32 [K], each from 0 to K - 1 */
+  fastops_tensor bias;   /* optional fp32 [N] */
+} fastops_int4_linear_desc;
+
+FASTOPS_API fastops_status fastops_int4_linear_check(const fastops_int4_linear_desc* desc, char* message);
+/* Bytes of scratch: x as the kernels read it (at most M x K x 4), and 0.3 MiB for each thread. */
+FASTOPS_API fastops_status fastops_int4_linear_workspace(const fastops_int4_linear_desc* desc, const fastops_env* env,
+                                                         size_t* bytes);
+FASTOPS_API fastops_status fastops_int4_linear(const fastops_int4_linear_desc* desc, fastops_env* env);
 
 /* ---- scale_add: the skeleton that a new operator copies (docs/adding-an-op.md) -------------------------------- */
 

@@ -1,0 +1,257 @@
+// The int4_linear C API on the CPU: check, prepare the rows of x, share the output features out.
+#include "cpu/int4_linear/int4_linear.h"
+
+#include <cstring>
+
+#include "core/isa.h"
+#include "core/parallel.h"
+#include "core/status.h"
+#include "fastops/fastops.h"
+
+namespace fastops::cpu {
+namespace {
+
+struct Variant {
+  const Int4Table& table;
+  Isa isa;
+};
+Variant choose(Isa isa) {
+#if defined(__x86_64__)
+  if (isa >= Isa::avx512_bf16) return {avx512_bf16::int4_table, Isa::avx512_bf16};
+  if (isa == Isa::avx512) return {avx512::int4_table, Isa::avx512};
+  if (isa == Isa::avx2) return {avx2::int4_table, Isa::avx2};
+#endif
+  (void)isa;
+  return {scalar::int4_table, Isa::scalar};
+}
+
+#define REFUSE(status, ...)            \
+  do {                                 \
+    set_message(message, __VA_ARGS__); \
+    return status;                     \
+  } while (0)
+
+using Int = long long;
+
+bool given(const fastops_tensor& t) { return t.data != nullptr || t.ndim != 0; }
+bool is_float(int32_t dtype) { return dtype == FASTOPS_F32 || dtype == FASTOPS_F16 || dtype == FASTOPS_BF16; }
+
+int64_t size_of(int32_t dtype) { return dtype == FASTOPS_F32 ? 4 : 2; }
+
+bool is_dense(const fastops_tensor& t) {
+  int64_t stride = 1;
+  for (int i = t.ndim - 1; i >= 0; --i) {
+    if (t.size[i] != 1 && t.stride[i] != stride) return false;
+    stride *= t.size[i];
+  }
+  return true;
+}
+
+// A dense tensor of this shape, with data unless it is empty.
+fastops_status check_dense(const char* op, const char* name, const fastops_tensor& t, int ndim, const int64_t* size,
+                           char* message) {
+  if (t.ndim != ndim) REFUSE(FASTOPS_ERR_VALUE, "%s: %s has %d dimensions, must have %d", op, name, t.ndim, ndim);
+  bool empty = false;
+  for (int i = 0; i < ndim; ++i) {
+    if (t.size[i] != size[i])
+      REFUSE(FASTOPS_ERR_VALUE, "%s: %s has size %lld in dimension %d, must be %lld", op, name, Int{t.size[i]}, i,
+             Int{size[i]});
+    empty = empty || size[i] == 0;
+  }
+  if (!empty && t.data == nullptr) REFUSE(FASTOPS_ERR_VALUE, "%s: %s has no data", op, name);
+  if (!empty && !is_dense(t)) REFUSE(FASTOPS_ERR_VALUE, "%s: %s must be contiguous", op, name);
+  return FASTOPS_OK;
+}
+
+fastops_status check_rows(const char* name, const fastops_tensor& t, char* message) {
+  if (t.ndim != 2) REFUSE(FASTOPS_ERR_VALUE, "int4_linear: %s has %d dimensions, must have 2", name, t.ndim);
+  if (t.size[0] < 0 || t.size[1] < 0 || t.size[0] > INT32_MAX || t.size[1] > INT32_MAX)
+    REFUSE(FASTOPS_ERR_VALUE, "int4_linear: %s has shape [%lld, %lld]", name, Int{t.size[0]}, Int{t.size[1]});
+  if (!is_float(t.dtype)) REFUSE(FASTOPS_ERR_TYPE, "int4_linear: %s must be float32, float16 or bfloat16", name);
+  const bool empty = t.size[0] == 0 || t.size[1] == 0;
+  if (!empty && t.data == nullptr) REFUSE(FASTOPS_ERR_VALUE, "int4_linear: %s has no data", name);
+  if (!empty && t.size[1] > 1 && t.stride[1] != 1)
+    REFUSE(FASTOPS_ERR_VALUE, "int4_linear: the last dimension of %s must be contiguous (stride 1), got stride %lld",
+           name, Int{t.stride[1]});
+  return FASTOPS_OK;
+}
+
+fastops_status check(const fastops_int4_linear_desc& d, Int4Params* p, char* message) {
+  const char* op = "int4_linear";
+  if (d.struct_size != sizeof d)
+    REFUSE(FASTOPS_ERR_VALUE, "int4_linear: struct_size is %u, this library knows %zu", d.struct_size, sizeof d);
+  fastops_status status = check_rows("x", d.x, message);
+  if (status == FASTOPS_OK) status = check_rows("out", d.out, message);
+  if (status != FASTOPS_OK) return status;
+  const int64_t M = d.x.size[0], K = d.x.size[1], N = d.out.size[1], blocks = (N + kInt4Block - 1) / kInt4Block;
+  if (d.out.dtype != d.x.dtype && d.out.dtype != FASTOPS_F32)
+    REFUSE(FASTOPS_ERR_TYPE, "int4_linear: out must have x's dtype or float32");
+  if (d.out.size[0] != M)
+    REFUSE(FASTOPS_ERR_VALUE, "int4_linear: out has %lld rows, x has %lld", Int{d.out.size[0]}, Int{M});
+  if (K == 0 || K % 8 != 0) REFUSE(FASTOPS_ERR_VALUE, "int4_linear: K is %lld, must be a multiple of 8", Int{K});
+  if (d.codes.dtype != FASTOPS_U8) REFUSE(FASTOPS_ERR_TYPE, "int4_linear: codes must be uint8");
+  const int64_t codes_size[4] = {blocks, K / 8, kInt4Block, 4};
+  status = check_dense(op, "codes", d.codes, 4, codes_size, message);
+  if (status != FASTOPS_OK) return status;
+  const int64_t groups = d.scales.ndim == 3 ? d.scales.size[1] : 0;
+  if (groups < 1 || K / 8 % groups != 0)
+    REFUSE(FASTOPS_ERR_VALUE, "int4_linear: scales have %lld groups, must divide K / 8 = %lld", Int{groups},
+           Int{K / 8});
+  const int64_t scales_size[3] = {blocks, groups, kInt4Block};
+  const struct {
+    const char* name;
+    const fastops_tensor& t;
+  } like[] = {{"scales", d.scales}, {"zeros", d.zeros}, {"mins", d.mins}};
+  for (const auto& each : like) {
+    if (&each.t != &d.scales && !given(each.t)) continue;
+    if (!is_float(each.t.dtype) || each.t.dtype != d.scales.dtype)
+      REFUSE(FASTOPS_ERR_TYPE, "int4_linear: %s must be float32, float16 or bfloat16, all of one dtype", each.name);
+    status = check_dense(op, each.name, each.t, 3, scales_size, message);
+    if (status != FASTOPS_OK) return status;
+  }
+  if (given(d.zeros) && given(d.mins)) REFUSE(FASTOPS_ERR_VALUE, "int4_linear: give zeros or mins, not both");
+  if (given(d.perm)) {
+    if (d.perm.dtype != FASTOPS_I32) REFUSE(FASTOPS_ERR_TYPE, "int4_linear: perm must be int32");
+    status = check_dense(op, "perm", d.perm, 1, &K, message);
+    if (status != FASTOPS_OK) return status;
+    for (int64_t k = 0; k < K; ++k) {
+      const int32_t at = static_cast<const int32_t*>(d.perm.data)[k];
+      if (at < 0 || at >= K)
+        REFUSE(FASTOPS_ERR_VALUE, "int4_linear: perm[%lld] is %d, must be from 0 to %lld", Int{k}, at, Int{K - 1});
+    }
+  }
+  if (given(d.bias)) {
+    if (d.bias.dtype != FASTOPS_F32) REFUSE(FASTOPS_ERR_TYPE, "int4_linear: bias must be float32");
+    status = check_dense(op, "bias", d.bias, 1, &N, message);
+    if (status != FASTOPS_OK) return status;
+  }
+  *p = Int4Params{};
+  p->M = M;
+  p->N = N;
+  p->K = K;
+  p->groups = groups;
+  p->group = K / groups;
+  p->x = static_cast<const char*>(d.x.data);
+  p->x_sm = d.x.stride[0];
+  p->dtype = d.x.dtype;
+  p->out = static_cast<char*>(d.out.data);
+  p->out_sm = d.out.stride[0];
+  p->out_dtype = d.out.dtype;
+  p->codes = static_cast<const uint8_t*>(d.codes.data);
+  p->scales = static_cast<const char*>(d.scales.data);
+  p->zeros = static_cast<const char*>(d.zeros.data);
+  p->mins = static_cast<const char*>(d.mins.data);
+  p->scale_dtype = d.scales.dtype;
+  p->perm = static_cast<const int32_t*>(d.perm.data);
+  p->bias = static_cast<const float*>(d.bias.data);
+  p->int8 = d.int8 != 0;
+  return FASTOPS_OK;
+}
+
+int64_t align64(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+int64_t block_rows(int64_t rows) { return rows < kInt4RowBlock ? rows : kInt4RowBlock; }
+
+struct Layout {
+  int64_t a = 0, sums, row_scale, scratch, scratch_bytes, total;
+  Layout(const Int4Params& p, const Int4Table& table, int workers) {
+    const int64_t rows = block_rows(p.M);
+    sums = align64(table.row_bytes(p) * rows);
+    row_scale = sums + align64(p.int8 || p.zeros || p.mins ? rows * p.groups * 4 : 0);
+    scratch = row_scale + align64(p.int8 ? rows * 4 : 0);
+    scratch_bytes = align64(int4_scratch(rows) * 4);
+    total = scratch + scratch_bytes * workers;
+  }
+};
+
+int workers_of(const fastops_env* env, const Int4Params& p) {
+  constexpr int64_t kSerialWork = 100000;  // weights under which waking a thread costs more than it saves
+  if (env == nullptr || env->parallel_for == nullptr || env->num_threads <= 1 || p.N * p.K < kSerialWork) return 1;
+  return env->num_threads;
+}
+
+}  // namespace
+}  // namespace fastops::cpu
+
+using namespace fastops;
+using namespace fastops::cpu;
+
+extern "C" fastops_status fastops_int4_pack(const fastops_tensor* codes, const fastops_tensor* packed, char* message) {
+  const char* op = "int4_pack";
+  if (codes->dtype != FASTOPS_U8 || packed->dtype != FASTOPS_U8)
+    REFUSE(FASTOPS_ERR_TYPE, "int4_pack: codes and packed must be uint8");
+  if (codes->ndim != 2 || codes->size[1] % 4 != 0 || codes->size[0] < 0)
+    REFUSE(FASTOPS_ERR_VALUE, "int4_pack: codes must be [N, K / 2] with K a multiple of 8");
+  const int64_t N = codes->size[0], words = codes->size[1] / 4;
+  fastops_status status = check_dense(op, "codes", *codes, 2, codes->size, message);
+  const int64_t size[4] = {(N + kInt4Block - 1) / kInt4Block, words, kInt4Block, 4};
+  if (status == FASTOPS_OK) status = check_dense(op, "packed", *packed, 4, size, message);
+  if (status != FASTOPS_OK) return status;
+  const auto* from = static_cast<const uint8_t*>(codes->data);
+  auto* to = static_cast<uint8_t*>(packed->data);
+  for (int64_t block = 0; block < size[0]; ++block)
+    for (int64_t w = 0; w < words; ++w)
+      for (int64_t lane = 0; lane < kInt4Block; ++lane, to += 4) {
+        const int64_t n = block * kInt4Block + lane;
+        uint8_t four[4] = {0x88, 0x88, 0x88, 0x88};  // features behind the last one: zero weights
+        if (n < N) std::memcpy(four, from + (n * words + w) * 4, 4);
+        for (int b = 0; b < 4; ++b) {  // features b and 4 + b of eight
+          const int low = four[b / 2] >> (b % 2 * 4) & 15, high = four[2 + b / 2] >> (b % 2 * 4) & 15;
+          to[b] = static_cast<uint8_t>(low | high << 4);
+        }
+      }
+  return FASTOPS_OK;
+}
+
+extern "C" fastops_status fastops_int4_linear_check(const fastops_int4_linear_desc* desc, char* message) {
+  Int4Params p;
+  return check(*desc, &p, message);
+}
+
+extern "C" fastops_status fastops_int4_linear_workspace(const fastops_int4_linear_desc* desc, const fastops_env* env,
+                                                        size_t* bytes) {
+  Int4Params p;
+  const fastops_status status = check(*desc, &p, env ? env->message : nullptr);
+  if (status == FASTOPS_OK)
+    *bytes = static_cast<size_t>(Layout(p, choose(active_isa()).table, workers_of(env, p)).total);
+  return status;
+}
+
+extern "C" fastops_status fastops_int4_linear(const fastops_int4_linear_desc* desc, fastops_env* env) {
+  Int4Params p;
+  const fastops_status status = check(*desc, &p, env->message);
+  if (status != FASTOPS_OK) return status;
+  if (const char* refusal = isa_refusal()) {
+    set_message(env->message, "%s", refusal);
+    return FASTOPS_ERR_UNSUPPORTED;
+  }
+  const Variant variant = choose(active_isa());
+  const int workers = workers_of(env, p);
+  const Layout at(p, variant.table, workers);
+  if (at.total > 0 && (static_cast<int64_t>(env->workspace_size) < at.total || env->workspace == nullptr)) {
+    set_message(env->message, "int4_linear: workspace has %zu bytes, needs %lld", env->workspace_size, Int{at.total});
+    return FASTOPS_ERR_WORKSPACE;
+  }
+  env->variant = isa_name(variant.isa);
+  if (p.M == 0 || p.N == 0) return FASTOPS_OK;
+  char* ws = static_cast<char*>(env->workspace);
+  p.a_row = variant.table.row_bytes(p);
+  p.a = p.a_row > 0 ? ws + at.a : nullptr;
+  p.sums = reinterpret_cast<float*>(ws + at.sums);
+  p.row_scale = reinterpret_cast<float*>(ws + at.row_scale);
+  fastops_env inner = *env;
+  inner.num_threads = workers;
+  const int64_t rows = p.M, x_bytes = p.x_sm * size_of(p.dtype), out_bytes = p.out_sm * size_of(p.out_dtype);
+  for (int64_t row = 0; row < rows; row += p.M, p.x += p.M * x_bytes, p.out += p.M * out_bytes) {
+    p.M = block_rows(rows - row);
+    if (p.a || p.zeros || p.mins) {
+      fastops_env few = inner;
+      if (p.M < 8) few.num_threads = 1;
+      parallel_items(few, p.M, [&](int64_t r, int) { variant.table.prepare(p, r); });
+    }
+    parallel_items(inner, (p.N + kInt4Panel - 1) / kInt4Panel, [&](int64_t panel, int worker) {
+      variant.table.panel(p, panel, reinterpret_cast<float*>(ws + at.scratch + worker * at.scratch_bytes));
+    });
+  }
+  return FASTOPS_OK;
+}

@@ -1,0 +1,62 @@
+// What int4_linear's C API (int4_linear.cpp) and its kernels (int4_linear.inl.h, once per instruction set) agree on.
+#pragma once
+#include <cstdint>
+
+namespace fastops::cpu {
+
+constexpr int kInt4Block = 16;      // output features that lie together in the packed codes
+constexpr int kInt4Panel = 64;      // output features of a work item
+constexpr int kInt4StreamRows = 4;  // up to so many rows of x read the codes as they stream by
+constexpr int kInt4Ahead = 4096;    // bytes the prefetch of streamed codes runs ahead
+constexpr int kInt4Units = 128;     // 32-bit units of K that a panel expands at a time: 32 KiB
+constexpr int kInt4RowBlock = 384;  // rows of x at a time: panels are expanded once for each such block
+
+struct Int4Params {
+  int64_t M, N, K, groups, group;  // group: input features that share a scale
+  const char* x;
+  int64_t x_sm;
+  int32_t dtype;
+  char* out;
+  int64_t out_sm;
+  int32_t out_dtype;
+  const uint8_t* codes;               // [N / 16][K / 8][16][4]
+  const char *scales, *zeros, *mins;  // [N / 16][groups][16]; at most one of zeros and mins
+  int32_t scale_dtype;
+  const int32_t* perm;  // [K]: column k of the weight belongs to feature perm[k] of x
+  const float* bias;
+  bool int8;
+  // Filled by the C API inside the workspace: x as the kernels read it.
+  char* a;  // [M][a_row] bytes
+  int64_t a_row;
+  float* sums;       // [M][groups] of x over each group (not read by fp32 panels)
+  float* row_scale;  // [M], int8 activations
+};
+
+struct Int4Table {
+  // Bytes of a row of `a`; 0: x itself is read.
+  int64_t (*row_bytes)(const Int4Params&);
+  void (*prepare)(const Int4Params&, int64_t row);
+  void (*panel)(const Int4Params&, int64_t panel, float* scratch);
+};
+
+// Floats of scratch a worker needs: an expanded panel, products of one group, sums over groups.
+inline int64_t int4_scratch(int64_t M) {
+  return M <= kInt4StreamRows ? 0 : kInt4Units * kInt4Panel + 2 * M * kInt4Panel;
+}
+
+namespace scalar {
+extern const Int4Table int4_table;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const Int4Table int4_table;
+}
+namespace avx512 {
+extern const Int4Table int4_table;
+}
+namespace avx512_bf16 {
+extern const Int4Table int4_table;
+}
+#endif
+
+}  // namespace fastops::cpu

@@ -1,0 +1,428 @@
+// INT4 weights times activations, written once in the vocabulary of cpu/isa/vec_*.h.
+//
+// A packed word holds eight codes of one output feature: nibble 2 b is input feature b of eight, nibble 2 b + 1 feature
+// 4 + b. Masking the low or the high nibbles of its bytes gives four neighbours for an integer dot product; shifting
+// by 4 i gives one code for a table look-up, or the pair (i, i + 4) of nibbles for bf16 pairs.
+//   stream (few rows)  : codes go from memory through registers into the products, once
+//   panel  (more rows) : 128 units x 64 features are expanded into L1, then the gemm of cpu/isa runs all rows over them
+namespace fastops::cpu::FASTOPS_ISA {
+namespace {
+
+constexpr int kNV16 = kInt4Block / W;  // vectors of a block
+// The input feature of nibble i. The pairs (i, i + 4) hold features 0 2, 4 6, 1 3, 5 7: in that layout feature j stands
+// at kOrder[j], too.
+constexpr int kOrder[8] = {0, 4, 1, 5, 2, 6, 3, 7};
+
+enum class Mode { f32, bf16, int8 };
+
+template <int v>
+struct Index {
+  static constexpr int value = v;
+  constexpr operator int() const { return v; }
+};
+// f(Index<0>), ..., f(Index<N - 1>)
+template <int N, int i = 0, class F>
+FASTOPS_INLINE void each_of(const F& f) {
+  if constexpr (i < N) {
+    f(Index<i>{});
+    each_of<N, i + 1>(f);
+  }
+}
+
+template <class T>
+FASTOPS_INLINE vf load_as(const char* p, int64_t i) {
+  return vload(reinterpret_cast<const T*>(p) + i);
+}
+FASTOPS_INLINE vf load_scale(const char* p, int32_t dtype, int64_t i) {
+  return dtype == FASTOPS_F32 ? load_as<float>(p, i) : dtype == FASTOPS_F16 ? load_as<f16>(p, i) : load_as<bf16>(p, i);
+}
+
+Mode mode_of(const Int4Params& p) {
+  if (p.int8) return Mode::int8;
+#if defined(FASTOPS_HAS_BF16_DOT)
+  if (p.dtype == FASTOPS_BF16) return Mode::bf16;
+#endif
+  return Mode::f32;
+}
+
+int64_t row_bytes(const Int4Params& p) {
+  switch (mode_of(p)) {
+    case Mode::int8:
+      return p.K;
+    case Mode::bf16:
+      return p.K * 2;
+    default:
+      return p.dtype == FASTOPS_F32 && p.perm == nullptr ? 0 : p.K * 4;
+  }
+}
+
+// Features [k, k + n) of a row in fp32, in the weight's order.
+void read_features(const Int4Params& p, int64_t row, int64_t k, int n, float* to) {
+  if (p.perm) {
+    const char* x = p.x + row * p.x_sm * (p.dtype == FASTOPS_F32 ? 4 : 2);
+    for (int i = 0; i < n; ++i) {
+      const int64_t at = p.perm[k + i];
+      to[i] = p.dtype == FASTOPS_F32   ? reinterpret_cast<const float*>(x)[at]
+              : p.dtype == FASTOPS_F16 ? to_f32(reinterpret_cast<const f16*>(x)[at])
+                                       : to_f32(reinterpret_cast<const bf16*>(x)[at]);
+    }
+    return;
+  }
+  const auto convert = [&](const auto* x) __attribute__((always_inline)) {
+    x += row * p.x_sm + k;
+    int i = 0;
+    for (; i + W <= n; i += W) vstore(to + i, vload(x + i));
+    if (i < n) vstoren(to + i, vloadn(x + i, n - i), n - i);
+  };
+  if (p.dtype == FASTOPS_F32) convert(reinterpret_cast<const float*>(p.x));
+  if (p.dtype == FASTOPS_F16) convert(reinterpret_cast<const f16*>(p.x));
+  if (p.dtype == FASTOPS_BF16) convert(reinterpret_cast<const bf16*>(p.x));
+}
+
+// Row `row` of x as the products read it, and its sums over groups where something is multiplied with them.
+void prepare(const Int4Params& p, int64_t row) {
+  constexpr int kChunk = 256;
+  const Mode mode = mode_of(p);
+  char* a = p.a ? p.a + row * p.a_row : nullptr;
+  float buffer[kChunk], inverse = 0.0f;
+  const auto chunk = [](int64_t at, int64_t end) { return static_cast<int>(end - at < kChunk ? end - at : kChunk); };
+  if (mode == Mode::int8) {  // x = row_scale * code, |code| <= 127. A row with an inf or NaN becomes NaN.
+    vf top = vzero(), poison = vzero();
+    for (int64_t k = 0; k < p.K; k += kChunk) {
+      const int n = chunk(k, p.K);
+      read_features(p, row, k, n, buffer);
+      for (int i = 0; i < n; i += W) {
+        const vf v = n - i >= W ? vload(buffer + i) : vloadn(buffer + i, n - i);
+        top = vmax(vabs(v), top);
+        poison = vfma(v, vzero(), poison);
+      }
+    }
+    const float most = vhmax(top), bad = vsum(poison);
+    p.row_scale[row] = most / 127.0f + bad;
+    inverse = most > 0.0f && bad == 0.0f ? 127.0f / most : 0.0f;
+  }
+  const bool summed = mode == Mode::int8 || p.zeros || p.mins;
+  for (int64_t g = 0; g < p.groups; ++g) {
+    vf sum = vzero();
+    const int64_t end = (g + 1) * p.group;
+    for (int64_t k = g * p.group; k < end; k += kChunk) {
+      const int n = chunk(k, end);
+      read_features(p, row, k, n, buffer);
+      if (mode == Mode::int8) {
+        int8_t codes[kChunk + W];
+        for (int i = 0; i < n; i += W) {
+          vf v = n - i >= W ? vload(buffer + i) : vloadn(buffer + i, n - i);
+          v = vround(vmul(v, vset(inverse)));
+          v = inverse == 0.0f ? vzero() : v;
+          vstore_i8(codes + i, v);
+          sum = vadd(sum, v);
+        }
+        std::memcpy(a + k, codes, static_cast<size_t>(n));
+        continue;
+      }
+      if (summed)
+        for (int i = 0; i < n; i += W) sum = vadd(sum, n - i >= W ? vload(buffer + i) : vloadn(buffer + i, n - i));
+      if (mode == Mode::f32 && a) std::memcpy(reinterpret_cast<float*>(a) + k, buffer, static_cast<size_t>(n) * 4);
+      if (mode == Mode::bf16)  // exact: these numbers were bf16 before
+        for (int i = 0; i < n; ++i) from_f32(buffer[i], reinterpret_cast<bf16*>(a) + k + i / 8 * 8 + kOrder[i % 8]);
+    }
+    if (summed) p.sums[row * p.groups + g] = vsum(sum);
+  }
+}
+
+const char* row_of(const Int4Params& p, int64_t row) {
+  return p.a ? p.a + row * p.a_row : p.x + row * p.x_sm * static_cast<int64_t>(sizeof(float));
+}
+
+// What a group's sum of x is multiplied with and taken away: codes meet x less 8 (int8: as they are).
+FASTOPS_INLINE vf offset_of(const Int4Params& p, int64_t at, vf scale, bool centred) {
+  const float shift = centred ? 8.0f : 0.0f;
+  if (p.zeros) return vmul(vsub(load_scale(p.zeros, p.scale_dtype, at), vset(shift)), scale);
+  if (p.mins) return vsub(load_scale(p.mins, p.scale_dtype, at), vmul(vset(shift), scale));
+  return vmul(vset(8.0f - shift), scale);
+}
+
+// ---- stream --------------------------------------------------------------------------------------------------------
+
+// sums[r][v] of one block of 16 features over `n` words (8 n input features) from `codes`.
+template <Mode mode, int MR>
+FASTOPS_INLINE void stream_words(const uint8_t* codes, int64_t n, const char* const (&a)[MR], vf (&sums)[MR][kNV16]) {
+  constexpr int kChains = MR * kNV16 >= 8 ? 1 : 8 / (MR * kNV16);  // independent sums hide the latency of an addition
+  vf acc[MR][kNV16][kChains];
+  FASTOPS_UNROLL
+  for (int r = 0; r < MR; ++r) {
+    FASTOPS_UNROLL
+    for (int v = 0; v < kNV16; ++v) {
+      FASTOPS_UNROLL
+      for (int c = 0; c < kChains; ++c) acc[r][v][c] = vzero();
+    }
+  }
+  for (int64_t w = 0; w < n; ++w, codes += 64) {
+    vprefetch(codes + kInt4Ahead);  // blocks follow one another: the next one's codes, at the end of this
+    FASTOPS_UNROLL
+    for (int v = 0; v < kNV16; ++v) {
+      const vi word = viload(codes + v * W * 4);
+      if constexpr (mode == Mode::int8) {
+        const vi low = vnibbles_low(word), high = vnibbles_high(word);
+        FASTOPS_UNROLL
+        for (int r = 0; r < MR; ++r) {
+          int32_t four[2];
+          std::memcpy(four, a[r] + w * 8, 8);
+          acc[r][v][0] = vi_as_bits(vdot4(vi_from_bits(acc[r][v][0]), low, four[0]));
+          acc[r][v][1 % kChains] = vi_as_bits(vdot4(vi_from_bits(acc[r][v][1 % kChains]), high, four[1]));
+        }
+      }
+#if defined(FASTOPS_HAS_BF16_DOT)
+      if constexpr (mode == Mode::bf16) {
+        const auto pair = [&](auto i) __attribute__((always_inline)) {
+          const vi weights = vpairs_bf16<decltype(i)::value>(word);
+          FASTOPS_UNROLL
+          for (int r = 0; r < MR; ++r) {
+            vf& sum = acc[r][v][i % kChains];
+            sum = DotBf16::dot(reinterpret_cast<const float*>(a[r]) + w * 4 + i, vi_as_bits(weights), sum);
+          }
+        };
+        each_of<4>(pair);
+      }
+#endif
+      if constexpr (mode == Mode::f32) {
+        const auto one = [&](auto i) __attribute__((always_inline)) {
+          const vf weights = vnibble<decltype(i)::value>(word);
+          FASTOPS_UNROLL
+          for (int r = 0; r < MR; ++r) {
+            vf& sum = acc[r][v][i % kChains];
+            sum = vfma(vset(reinterpret_cast<const float*>(a[r])[w * 8 + kOrder[i]]), weights, sum);
+          }
+        };
+        each_of<8>(one);
+      }
+    }
+  }
+  FASTOPS_UNROLL
+  for (int r = 0; r < MR; ++r) {
+    FASTOPS_UNROLL
+    for (int v = 0; v < kNV16; ++v) {
+      if constexpr (mode == Mode::int8) {
+        vi sum = vi_from_bits(acc[r][v][0]);
+        if constexpr (kChains > 1) sum = viadd(sum, vi_from_bits(acc[r][v][1]));
+        sums[r][v] = vi_to_float(sum);
+      } else {
+        vf sum = acc[r][v][0];
+        FASTOPS_UNROLL
+        for (int c = 1; c < kChains; ++c) sum = vadd(sum, acc[r][v][c]);
+        sums[r][v] = sum;
+      }
+    }
+  }
+}
+
+template <class T>
+void store_features(const Int4Params& p, char* out, int64_t at, const vf (&values)[kNV16], int n) {
+  for (int v = 0; v < kNV16 && n > 0; ++v, n -= W) {
+    T* dst = reinterpret_cast<T*>(out) + at + v * W;
+    if (n >= W) {
+      vstore(dst, values[v]);
+    } else {
+      vstoren(dst, values[v], n);
+    }
+  }
+  (void)p;
+}
+
+// Sixteen finished features of one row: row scale, bias, rounding.
+void finish(const Int4Params& p, int64_t row, int64_t feature0, vf (&values)[kNV16]) {
+  const int n = static_cast<int>(p.N - feature0 < kInt4Block ? p.N - feature0 : kInt4Block);
+  for (int v = 0; v < kNV16; ++v) {
+    if (p.int8) values[v] = vmul(values[v], vset(p.row_scale[row]));
+    const int left = n - v * W;
+    if (p.bias && left > 0)
+      values[v] =
+          vadd(values[v], left >= W ? vload(p.bias + feature0 + v * W) : vloadn(p.bias + feature0 + v * W, left));
+  }
+  const int64_t at = row * p.out_sm + feature0;
+  if (p.out_dtype == FASTOPS_F32) store_features<float>(p, p.out, at, values, n);
+  if (p.out_dtype == FASTOPS_F16) store_features<f16>(p, p.out, at, values, n);
+  if (p.out_dtype == FASTOPS_BF16) store_features<bf16>(p, p.out, at, values, n);
+}
+
+template <Mode mode, int MR>
+void stream(const Int4Params& p, int64_t block, int64_t row0) {
+  const char* a[MR];
+  for (int r = 0; r < MR; ++r) a[r] = row_of(p, row0 + r);
+  vf total[MR][kNV16];
+  for (int r = 0; r < MR; ++r)
+    for (int v = 0; v < kNV16; ++v) total[r][v] = vzero();
+  const int64_t words = p.group / 8, a_step = mode == Mode::int8 ? p.group : p.group * (mode == Mode::bf16 ? 2 : 4);
+  const uint8_t* codes = p.codes + block * (p.K / 8) * 64;
+  const bool shifted = mode == Mode::int8 || p.zeros || p.mins;
+  for (int64_t g = 0; g < p.groups; ++g, codes += words * 64) {
+    vf sums[MR][kNV16];
+    stream_words<mode, MR>(codes, words, a, sums);
+    FASTOPS_UNROLL
+    for (int v = 0; v < kNV16; ++v) {
+      const int64_t at = (block * p.groups + g) * kInt4Block + v * W;
+      const vf scale = load_scale(p.scales, p.scale_dtype, at);
+      FASTOPS_UNROLL
+      for (int r = 0; r < MR; ++r) total[r][v] = vfma(scale, sums[r][v], total[r][v]);
+      if (shifted) {
+        const vf offset = offset_of(p, at, scale, mode != Mode::int8);
+        FASTOPS_UNROLL
+        for (int r = 0; r < MR; ++r) total[r][v] = vfma(offset, vset(-p.sums[(row0 + r) * p.groups + g]), total[r][v]);
+      }
+    }
+    for (int r = 0; r < MR; ++r) a[r] += a_step;
+  }
+  for (int r = 0; r < MR; ++r) finish(p, row0 + r, block * kInt4Block, total[r]);
+}
+
+template <Mode mode>
+void stream_rows(const Int4Params& p, int64_t block) {
+  static_assert(kInt4StreamRows == 4, "one case for each");
+  switch (p.M) {
+    case 1:
+      return stream<mode, 1>(p, block, 0);
+    case 2:
+      return stream<mode, 2>(p, block, 0);
+    case 3:
+      return stream<mode, 3>(p, block, 0);
+    default:
+      return stream<mode, 4>(p, block, 0);
+  }
+}
+
+// ---- panel ---------------------------------------------------------------------------------------------------------
+
+// Units [u0, u0 + n) of 64 features, as gemm reads them: [n][64]. A unit is one weight (f32, scaled), or two or four
+// codes (scaled after the product).
+template <Mode mode>
+void expand(const Int4Params& p, int64_t panel, int64_t word0, int64_t words, float* to) {
+  const int64_t blocks = (p.N + kInt4Block - 1) / kInt4Block;
+  for (int b = 0; b < kInt4Panel / kInt4Block; ++b) {
+    const int64_t block = panel * (kInt4Panel / kInt4Block) + b;
+    if (block >= blocks) break;  // whatever stands there meets no output
+    const uint8_t* codes = p.codes + (block * (p.K / 8) + word0) * 64;
+    for (int v = 0; v < kNV16; ++v) {
+      float* dst = to + b * kInt4Block + v * W;
+      for (int64_t w = 0; w < words;) {
+        const int64_t g = (word0 + w) * 8 / p.group, end = (g + 1) * p.group / 8 - word0;
+        const int64_t stop = end < words ? end : words;
+        if constexpr (mode == Mode::f32) {
+          const int64_t at = (block * p.groups + g) * kInt4Block + v * W;
+          const vf scale = load_scale(p.scales, p.scale_dtype, at);
+          const vf zero = p.zeros ? vsub(load_scale(p.zeros, p.scale_dtype, at), vset(8.0f)) : vzero();
+          const vf shift = p.mins ? vsub(load_scale(p.mins, p.scale_dtype, at), vmul(vset(8.0f), scale)) : vzero();
+          for (; w < stop; ++w) {
+            const vi word = viload(codes + w * 64 + v * W * 4);
+            const auto one = [&](auto i) __attribute__((always_inline)) {
+              const vf x = vmul(vsub(vnibble<decltype(i)::value>(word), zero), scale);
+              vstore(dst + (w * 8 + kOrder[i]) * kInt4Panel, vsub(x, shift));
+            };
+            each_of<8>(one);
+          }
+        }
+#if defined(FASTOPS_HAS_BF16_DOT)
+        if constexpr (mode == Mode::bf16) {
+          for (; w < stop; ++w) {
+            const vi word = viload(codes + w * 64 + v * W * 4);
+            const auto pair = [&](auto i) __attribute__((always_inline)) {
+              vistore(dst + (w * 4 + i) * kInt4Panel, vpairs_bf16<decltype(i)::value>(word));
+            };
+            each_of<4>(pair);
+          }
+        }
+#endif
+        if constexpr (mode == Mode::int8) {
+          for (; w < stop; ++w) {
+            const vi word = viload(codes + w * 64 + v * W * 4);
+            vistore(dst + w * 2 * kInt4Panel, vnibbles_low(word));
+            vistore(dst + (w * 2 + 1) * kInt4Panel, vnibbles_high(word));
+          }
+        }
+      }
+    }
+  }
+}
+
+// total += scale * products; where the group begins also its offset times the sum of x over the group.
+template <Mode mode>
+void add_group(const Int4Params& p, int64_t panel, int64_t g, bool begins, int rows, int columns, const float* products,
+               float* total) {
+  const bool shifted = begins && (mode == Mode::int8 || p.zeros || p.mins);
+  for (int c = 0; c < columns; c += W) {
+    const int64_t block = panel * (kInt4Panel / kInt4Block) + c / kInt4Block;
+    const int64_t at = (block * p.groups + g) * kInt4Block + c % kInt4Block;
+    const vf scale = load_scale(p.scales, p.scale_dtype, at);
+    const vf offset = shifted ? offset_of(p, at, scale, mode != Mode::int8) : vzero();
+    for (int r = 0; r < rows; ++r) {
+      vf x = vload(products + r * kInt4Panel + c);
+      if constexpr (mode == Mode::int8) x = vi_to_float(vi_from_bits(x));
+      vf sum = vfma(scale, x, vload(total + r * kInt4Panel + c));
+      if (shifted) sum = vfma(offset, vset(-p.sums[r * p.groups + g]), sum);
+      vstore(total + r * kInt4Panel + c, sum);
+    }
+  }
+}
+
+template <Mode mode, class Dot>
+void panel_rows(const Int4Params& p, int64_t panel, float* scratch) {
+  constexpr int kPerWord = mode == Mode::f32 ? 8 : mode == Mode::bf16 ? 4 : 2;  // units
+  constexpr int64_t kWords = kInt4Units / kPerWord;
+  const int rows = static_cast<int>(p.M);
+  float *expanded = scratch, *products = expanded + kInt4Units * kInt4Panel, *total = products + rows * kInt4Panel;
+  const int64_t lda = p.a ? p.a_row / 4 : p.x_sm;
+  const int64_t blocks = (p.N + kInt4Block - 1) / kInt4Block - panel * (kInt4Panel / kInt4Block);
+  const int columns = static_cast<int>(blocks < kInt4Panel / kInt4Block ? blocks * kInt4Block : kInt4Panel);
+  std::memset(total, 0, sizeof(float) * static_cast<size_t>(rows * kInt4Panel));
+  for (int64_t word = 0; word < p.K / 8;) {
+    int64_t words = p.K / 8 - word < kWords ? p.K / 8 - word : kWords;
+    const int64_t g = word * 8 / p.group, group_end = (g + 1) * p.group / 8;
+    if (mode != Mode::f32 && group_end - word < words) words = group_end - word;  // a product ends with its group
+    expand<mode>(p, panel, word, words, expanded);
+    const float* a = reinterpret_cast<const float*>(row_of(p, 0)) + word * kPerWord;
+    const int units = static_cast<int>(words * kPerWord);
+    if constexpr (mode == Mode::f32) {
+      gemm<Dot>(a, lda, expanded, kInt4Panel, total, kInt4Panel, rows, columns, units, true);
+    } else {
+      gemm<Dot>(a, lda, expanded, kInt4Panel, products, kInt4Panel, rows, columns, units, false);
+      add_group<mode>(p, panel, g, word * 8 == g * p.group, rows, columns, products, total);
+    }
+    word += words;
+  }
+  for (int r = 0; r < rows; ++r) {
+    for (int c = 0; c < columns; c += kInt4Block) {
+      vf values[kNV16];
+      for (int v = 0; v < kNV16; ++v) values[v] = vload(total + r * kInt4Panel + c + v * W);
+      finish(p, r, panel * kInt4Panel + c, values);
+    }
+  }
+}
+
+// ---- choice --------------------------------------------------------------------------------------------------------
+
+template <Mode mode, class Dot>
+void run_panel(const Int4Params& p, int64_t panel, float* scratch) {
+  if (p.M > kInt4StreamRows) return panel_rows<mode, Dot>(p, panel, scratch);
+  for (int64_t b = panel * (kInt4Panel / kInt4Block);
+       b * kInt4Block < p.N && b < (panel + 1) * (kInt4Panel / kInt4Block); ++b)
+    stream_rows<mode>(p, b);
+}
+
+void int4_panel(const Int4Params& p, int64_t panel, float* scratch) {
+  switch (mode_of(p)) {
+    case Mode::int8:
+      return run_panel<Mode::int8, DotU8S8>(p, panel, scratch);
+#if defined(FASTOPS_HAS_BF16_DOT)
+    case Mode::bf16:
+      return run_panel<Mode::bf16, DotBf16>(p, panel, scratch);
+#endif
+    default:
+      return run_panel<Mode::f32, DotF32>(p, panel, scratch);
+  }
+}
+
+}  // namespace
+
+extern const Int4Table int4_table;
+const Int4Table int4_table = {&row_bytes, &prepare, &int4_panel};
+
+}  // namespace fastops::cpu::FASTOPS_ISA

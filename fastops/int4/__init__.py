@@ -1,0 +1,24 @@
+"""4-bit weights: the logical form (`Int4Weight`), quantisation, importers of public checkpoints, whole models.
+
+weight = fastops.int4.quantize(linear.weight, group_size=128)
+y = fastops.int4_linear(x, weight)
+"""
+
+from fastops.int4.importers import from_awq, from_compressed_tensors, from_gguf, from_gptq, from_hqq
+from fastops.int4.quantize import METHODS, quantize
+from fastops.int4.weight import BLOCK, Int4Weight, pack_pairs, unpack_codes, unpack_pairs
+
+__all__ = [
+    "BLOCK",
+    "METHODS",
+    "Int4Weight",
+    "from_awq",
+    "from_compressed_tensors",
+    "from_gguf",
+    "from_gptq",
+    "from_hqq",
+    "pack_pairs",
+    "quantize",
+    "unpack_codes",
+    "unpack_pairs",
+]

@@ -1,0 +1,90 @@
+"""Quantising a weight to 4 bits: round to nearest, and scales searched for the least squared error."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastops.int4.weight import FLOATS, Int4Weight, pack_pairs
+
+METHODS = ("rtn", "mse")
+_SHRINK = [1.0 - 0.025 * i for i in range(20)]  # of the full range: 1 .. 0.525
+
+
+def quantize(
+    w: Tensor,
+    group_size: int = 128,
+    symmetric: bool = True,
+    method: str = "rtn",
+    scale_dtype: torch.dtype | None = None,
+) -> Int4Weight:
+    """A weight [N, K] in 4 bits.
+
+    Args:
+        w: [N, K], floating point; K a multiple of 8.
+        group_size: input features that share a scale: -1 (all) or a multiple of 8 that divides K.
+        symmetric: codes stand for -8 .. 7 times the scale (scale = 2 absmax / 15, as GPTQ's); else for min .. max with
+            a whole zero point.
+        method: "rtn" rounds to nearest; "mse" tries 20 smaller ranges for each group and keeps the least squared error.
+        scale_dtype: of the scales; default w's dtype (fp32 for fp64).
+
+    Raises:
+        ValueError, TypeError: naming the argument, its value and what is allowed.
+
+    Example:
+        >>> import torch, fastops
+        >>> fastops.int4.quantize(torch.randn(16, 64), group_size=32)
+        Int4Weight([16, 64], group_size=32, symmetric, float32 scales)
+    """
+    if not isinstance(w, Tensor) or not w.is_floating_point():
+        raise TypeError(f"quantize: w must be a floating-point tensor, got {getattr(w, 'dtype', type(w).__name__)}")
+    if w.dim() != 2 or w.shape[1] == 0 or w.shape[1] % 8:
+        raise ValueError(f"quantize: w has shape {list(w.shape)}, must be [N, K] with K a multiple of 8")
+    n, k = w.shape
+    size = k if group_size == -1 else group_size
+    if size < 8 or size % 8 or k % size:
+        raise ValueError(f"quantize: group_size is {group_size}, must be -1 or a multiple of 8 that divides K = {k}")
+    if method not in METHODS:
+        raise ValueError(f"quantize: method is {method!r}, allowed: {', '.join(METHODS)}")
+    dtype = scale_dtype or (w.dtype if w.dtype in FLOATS else torch.float32)
+    if dtype not in FLOATS:
+        raise TypeError(f"quantize: scale_dtype is {dtype}, must be float32, float16 or bfloat16")
+    if not bool(torch.isfinite(w).all()):
+        raise ValueError("quantize: w holds an infinity or a NaN")
+    groups = w.detach().float().view(n, k // size, size)
+    best, error = None, torch.full(groups.shape[:2], torch.inf, device=w.device)
+    for share in _SHRINK if method == "mse" else _SHRINK[:1]:
+        scales, zeros = _range(groups, share, symmetric, dtype)
+        s, z = scales.float()[..., None], zeros.float()[..., None]
+        codes = (groups / s + z).round().clamp(0, 15)
+        squared = ((codes - z) * s - groups).square().sum(-1)
+        if best is None:
+            best = [codes, scales, zeros]
+            error = squared
+            continue
+        better = squared < error
+        error = torch.where(better, squared, error)
+        for old, new in zip(best, (codes, scales, zeros), strict=True):
+            old[better] = new[better]
+    assert best is not None
+    codes, scales, zeros = best
+    packed = pack_pairs(codes.view(n, k).to(torch.uint8))
+    return Int4Weight(packed, scales, zeros=None if symmetric else zeros)
+
+
+def _range(groups: Tensor, share: float, symmetric: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of each group for `share` of its range. The scale is rounded to its dtype first, so that the
+    codes fit what is stored; a scale that would vanish becomes 1."""
+    if symmetric:
+        scales = (2.0 / 15.0) * share * groups.abs().amax(-1)
+        zeros = torch.full_like(scales, 8.0)
+    else:
+        low = share * groups.amin(-1).clamp(max=0.0)
+        high = share * groups.amax(-1).clamp(min=0.0)
+        scales = (high - low) / 15.0
+        zeros = torch.zeros_like(scales)
+    scales = scales.to(dtype)
+    scales = torch.where(scales == 0, torch.ones_like(scales), scales)
+    if not symmetric:
+        zeros = (-low / scales.float()).round().clamp(0, 15)
+    return scales, zeros.to(dtype)

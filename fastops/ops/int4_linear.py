@@ -1,0 +1,210 @@
+"""int4_linear: activations times a weight of 4-bit codes.
+
+    out[m, n] = sum_k x[m, perm[k]] w[n, k] + bias[n],   w[n, k] = (code - zero) scale   or   code scale - min
+
+with one scale (and zero or min) for each group of input features. Design: docs/design/004-int4-linear.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastops import _ops
+from fastops.dispatch.record import Call, Implementation
+from fastops.dispatch.select import Operator
+from fastops.int4 import BLOCK, Int4Weight, unpack_codes
+from fastops.ops import _common as common
+
+NAME = "int4_linear"
+MODES = ("float", "int8")
+
+
+def validate(
+    x: Tensor, weight: Int4Weight, bias: Tensor | None = None, *, activations: str = "float", out: Tensor | None = None
+) -> None:
+    if not isinstance(weight, Int4Weight):
+        raise TypeError(f"{NAME}: weight must be an Int4Weight, got {type(weight).__name__}")
+    n, k = weight.shape
+    common.require_tensor(NAME, "x", x)
+    if x.dtype not in common.FLOATS:
+        known = ", ".join(map(common.name_of, common.FLOATS))
+        raise TypeError(f"{NAME}: x is {common.name_of(x.dtype)}, allowed: {known}")
+    if x.device != weight.device:
+        raise TypeError(f"{NAME}: x is on {x.device}, weight on {weight.device}; they must agree")
+    if x.dim() < 1 or x.shape[-1] != k:
+        raise ValueError(f"{NAME}: x has shape {list(x.shape)}, its last dimension must be K = {k}")
+    if activations not in MODES:
+        raise ValueError(f"{NAME}: activations is {activations!r}, allowed: {', '.join(MODES)}")
+    if bias is not None:
+        common.require_tensor(NAME, "bias", bias)
+        if list(bias.shape) != [n]:
+            raise ValueError(f"{NAME}: bias has shape {list(bias.shape)}, must be [{n}]")
+        if not bias.dtype.is_floating_point or bias.device != x.device:
+            raise TypeError(
+                f"{NAME}: bias is {common.name_of(bias.dtype)} on {bias.device}, must be floating on {x.device}"
+            )
+    common.check_out(NAME, out, (*x.shape[:-1], n), x)
+
+
+def describe(x: Tensor, weight: Int4Weight, bias: Tensor | None = None, **options: Any) -> Call:
+    grad = "bias" if common.any_grad(bias) else ""
+    return Call(x.device.type, x.dtype, needs_reference_grad=grad)
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Whole numbers from -127 to 127 in x's wide dtype, and the scale [.., 1] of each row: absmax / 127."""
+    top = x.abs().amax(-1, keepdim=True) if x.shape[-1] else x.new_zeros((*x.shape[:-1], 1))
+    most = torch.full_like(top, 127.0)
+    inverse = most / top  # a real division: torch turns 127.0 / top into a product with the reciprocal
+    return torch.where(top > 0, x * inverse, torch.zeros_like(x)).round().clamp(-127, 127), top / most
+
+
+def reference(
+    x: Tensor, weight: Int4Weight, bias: Tensor | None = None, *, activations: str = "float", out: Tensor | None = None
+) -> Tensor:
+    """Plain torch: the weight is dequantised to fp32 (fp64 for fp64 inputs)."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    rows, factor = x.to(wide), None
+    if activations == "int8":
+        rows, factor = quantize_rows(rows)
+    result = rows @ weight.dequantize(wide).T
+    if factor is not None:
+        result = result * factor
+    if bias is not None:
+        result = result + bias.to(wide)
+    result = result.to(x.dtype if out is None else out.dtype)
+    return result if out is None else out.copy_(result)
+
+
+def run_cpp(
+    x: Tensor, weight: Int4Weight, bias: Tensor | None = None, *, activations: str = "float", out: Tensor | None = None
+) -> Tensor:
+    if common.any_grad(x):
+        result = Int4Linear.apply(x, weight, bias, activations)
+        return result if out is None else out.copy_(result)
+    n, k = weight.shape
+    packed = weight.packed()
+    rows = x if x.dim() == 2 else x.reshape(-1, k)
+    if rows.stride(-1) != 1 and rows.shape[0]:
+        rows = rows.contiguous()
+    options = {"zeros": packed.zeros, "mins": packed.mins, "perm": weight.perm, "bias": common.to_f32(bias)}
+    int8 = activations == "int8"
+    if out is not None and out.dim() == 2 and (out.stride(1) == 1 or n == 1):
+        _ops.ops.int4_linear_out(rows, packed.codes, packed.scales, **options, int8=int8, out=out)
+        return out
+    result = _op(rows, packed.codes, packed.scales, n, **options, int8=int8)
+    result = result if x.dim() == 2 else result.view(*x.shape[:-1], n)
+    return result if out is None else out.copy_(result)
+
+
+_op = _ops.ops.int4_linear.default
+
+
+class Int4Linear(torch.autograd.Function):
+    """The gradient of x is grad @ w, with w dequantised (as if the activations had not been rounded)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Int4Weight, bias: Tensor | None, activations: str) -> Tensor:  # type: ignore[override]
+        ctx.weight, ctx.dtype = weight, x.dtype
+        return run_cpp(x, weight, bias, activations=activations)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        return (grad.float() @ ctx.weight.dequantize()).to(ctx.dtype), None, None, None
+
+
+operator = Operator(
+    NAME,
+    [
+        Implementation("cpp", run_cpp, common.cpp_why_not, 10, source="docs/design/004-int4-linear.md"),
+        Implementation("reference", reference, common.always, 0, source="fastops/ops/int4_linear.py"),
+    ],
+    validate,
+    describe,
+)
+
+
+def int4_linear(
+    x: Tensor, weight: Int4Weight, bias: Tensor | None = None, *, activations: str = "float", out: Tensor | None = None
+) -> Tensor:
+    """x @ weight.T + bias for a weight of 4-bit codes.
+
+    Args:
+        x: [..., K], fp32, fp16 or bf16 (fp64: reference only).
+        weight: an `fastops.Int4Weight` [N, K], from `fastops.int4.quantize` or an importer.
+        bias: [N], any floating dtype, added in fp32.
+        activations: "float" keeps x as it is (sums in fp32); "int8" rounds each row of x to int8 (absmax / 127) and
+            multiplies integers, faster where the processor has integer dot products.
+        out: [..., N], written instead of a new tensor (x's dtype, or fp32).
+
+    Returns:
+        [..., N] in x's dtype.
+
+    Raises:
+        ValueError, TypeError: naming the argument, its value and what is allowed.
+
+    Cost: up to 4 rows read the codes once, K N / 2 bytes; more rows expand each code once for 384 rows.
+
+    Example:
+        >>> import torch, fastops
+        >>> weight = fastops.int4.quantize(torch.randn(64, 128), group_size=32)
+        >>> fastops.int4_linear(torch.randn(3, 128), weight).shape
+        torch.Size([3, 64])
+    """
+    common.require_tensor(NAME, "x", x)
+    if not isinstance(weight, Int4Weight) or activations not in MODES or weight.device != x.device:
+        validate(x, weight, bias, activations=activations, out=out)
+    key = (x.dtype, x.device, common.any_grad(bias))
+    return operator(key, x, weight, bias, activations=activations, out=out)
+
+
+@torch.library.register_fake("fastops::int4_pack")
+def _fake_pack(codes: Tensor) -> Tensor:
+    return codes.new_empty(((codes.shape[0] + BLOCK - 1) // BLOCK, codes.shape[1] // 4, BLOCK, 4))
+
+
+@torch.library.register_fake("fastops::int4_linear")
+def _fake(x: Tensor, codes: Tensor, scales: Tensor, n: int, *rest: Any, **options: Any) -> Tensor:
+    return x.new_empty((x.shape[0], n))
+
+
+@torch.library.register_fake("fastops::int4_linear_out")
+def _fake_out(*args: Any, **options: Any) -> None:
+    return None
+
+
+def _elsewhere(
+    x: Tensor, codes: Tensor, scales: Tensor, n: int, zeros: Tensor | None = None, mins: Tensor | None = None,
+    perm: Tensor | None = None, bias: Tensor | None = None, *, int8: bool = False,
+) -> Tensor:  # fmt: skip
+    def rows(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.transpose(1, 2).flatten(0, 1)[:n]
+
+    plain = rows(scales)
+    assert plain is not None
+    weight = Int4Weight(unpack_codes(codes, n), plain, zeros=rows(zeros), mins=rows(mins), perm=perm)
+    return reference(x, weight, bias, activations="int8" if int8 else "float")
+
+
+def _elsewhere_out(
+    x: Tensor, codes: Tensor, scales: Tensor, *rest: Any, out: Tensor, **options: Any
+) -> None:  # fmt: skip
+    out.copy_(_elsewhere(x, codes, scales, out.shape[1], *rest, **options))
+
+
+def _pack_elsewhere(codes: Tensor) -> Tensor:
+    n, half = codes.shape
+    pad = -n % BLOCK
+    codes = torch.cat((codes, codes.new_full((pad, half), 0x88)))
+    four = codes.view(-1, BLOCK, half // 4, 4)
+    nibbles = torch.stack((four & 15, four >> 4), -1).flatten(-2)  # eight features in order
+    return (nibbles[..., :4] | nibbles[..., 4:] << 4).transpose(1, 2).contiguous()
+
+
+_ops.implement_elsewhere("int4_pack", _pack_elsewhere)
+_ops.implement_elsewhere("int4_linear", _elsewhere)
+_ops.implement_elsewhere("int4_linear_out", _elsewhere_out)
