@@ -22,5 +22,16 @@ BARS = [
     Bar("attention-decode", "share", 0.85),
     Bar("paged-decode", "vs:dense", 0.95),
     Bar("paged-decode-shuffled", "vs:dense", 0.75),  # the read itself is that much slower
+    Bar("int4-float-stream", "share", 0.88),
+    Bar("int4-float-stream", "vs:torch", 1.0),
+    Bar("int4-float-stream", "vs:onnxruntime", 1.0),
+    Bar("int4-int8-stream", "share", 0.88),
+    Bar("int4-int8-stream", "vs:onnxruntime", 1.0),
+    Bar("int4-float-panel", "share", 0.80),
+    Bar("int4-float-panel", "vs:torch", 1.0),
+    Bar("int4-float-panel", "vs:dense", 1.0),
+    Bar("int4-float-panel", "vs:onnxruntime", 1.0),
+    Bar("int4-int8-panel", "share", 1.7),
+    Bar("int4-int8-panel", "vs:onnxruntime", 1.0),
     Bar("attention-call", "microseconds", 8.0),
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-NAMES = ("attention", "attention_varlen", "attention_paged", "merge_states", "sdpa", "scale_add")
+NAMES = ("attention", "attention_varlen", "attention_paged", "merge_states", "sdpa", "int4_linear", "scale_add")
 
 
 def module(name: str) -> Any:

@@ -158,6 +158,8 @@ def int4_linear(
     common.require_tensor(NAME, "x", x)
     if not isinstance(weight, Int4Weight) or activations not in MODES or weight.device != x.device:
         validate(x, weight, bias, activations=activations, out=out)
+    if out is not None:
+        common.check_out(NAME, out, (*x.shape[:-1], weight.shape[0]), x)
     key = (x.dtype, x.device, common.any_grad(bias))
     return operator(key, x, weight, bias, activations=activations, out=out)
 

@@ -113,6 +113,10 @@ def test_candidates_compute_the_same(case):
                 rows = torch.arange(16)[None] < torch.tensor([16, 8, 4, 2])[:, None]
                 got = got.transpose(1, 2)[rows]
             tolerance = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 4e-2}[case.dtype]
+            if case.op == "int4_linear":  # torch's dense linear has the weight before quantisation; int8 rounds rows
+                if name == "dense":
+                    continue
+                tolerance = max(tolerance, 5e-2 if "int8" in case.name else 1e-4)
             torch.testing.assert_close(like(got, ours.shape), ours.float(), atol=tolerance, rtol=tolerance, msg=name)
 
 

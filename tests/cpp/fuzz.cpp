@@ -69,6 +69,7 @@ int64_t bytes_of(int32_t dtype) {
     case FASTOPS_BF16:
       return 2;
     case FASTOPS_BOOL:
+    case FASTOPS_U8:
       return 1;
     case FASTOPS_I64:
     case FASTOPS_F64:
@@ -376,6 +377,52 @@ void fuzz_scale_add(Random& r) {
   run([&](fastops_env* env) { return fastops_scale_add(&d, env); }, no_workspace, {OUT}, !overlaps_itself(d.out));
 }
 
+void fuzz_int4_linear(Random& r) {
+  const auto floating = [&] { return static_cast<int32_t>(r.pick({FASTOPS_F32, FASTOPS_F16, FASTOPS_BF16})); };
+  const int32_t dtype = floating(), scale_dtype = floating();
+  const int64_t M = r.below(12), N = r.below(100), groups = 1 + r.below(4), features = groups * 8 * (1 + r.below(6));
+  const int64_t blocks = (N + 15) / 16;
+  fastops_int4_linear_desc d{};
+  d.struct_size = sizeof d;
+  d.int8 = r.one_in(2);
+  d.x = dense(Q, dtype, {M, features});
+  d.out = dense(OUT, r.one_in(3) ? FASTOPS_F32 : dtype, {M, N});
+  d.codes = dense(K, FASTOPS_U8, {blocks, features / 8, 16, 4});
+  d.scales = dense(V, scale_dtype, {blocks, groups, 16});
+  if (r.one_in(3))
+    d.zeros = dense(BIAS, scale_dtype, {blocks, groups, 16});
+  else if (r.one_in(2))
+    d.mins = dense(BIAS, scale_dtype, {blocks, groups, 16});
+  if (r.one_in(3)) {
+    d.perm = dense(CU_Q, FASTOPS_I32, {features});
+    for (int64_t k = 0; k < features; ++k)
+      static_cast<int32_t*>(d.perm.data)[k] = static_cast<int32_t>(r.below(features));
+    if (r.one_in(4))
+      static_cast<int32_t*>(d.perm.data)[r.below(features)] =
+          static_cast<int32_t>(r.pick({-1, features, INT32_MAX, INT32_MIN}));
+  }
+  if (r.one_in(2)) d.bias = dense(SINKS, FASTOPS_F32, {N});
+  fastops_tensor* tensors[] = {&d.x, &d.out, &d.codes, &d.scales, &d.zeros, &d.mins, &d.perm, &d.bias};
+  const int slots[] = {Q, OUT, K, V, BIAS, BIAS, CU_Q, SINKS};
+  for (int64_t n = r.pick({0, 1, 1, 2}); n > 0; --n) {
+    const int64_t which = r.below(9);
+    if (which < 8)
+      spoil_tensor(r, tensors[which], which == 6);
+    else
+      d.struct_size = static_cast<uint32_t>(r.pick({0, sizeof d + 8}));
+  }
+  char message[FASTOPS_MESSAGE_SIZE] = "";
+  const fastops_status status = fastops_int4_linear_check(&d, message);
+  sane(status, message);
+  ++(status == FASTOPS_OK ? g_count.accepted : g_count.refused);
+  if (status != FASTOPS_OK) return;
+  for (int i = 0; i < 8; ++i)
+    if (!in_memory(slots[i], *tensors[i])) return;
+  run([&](fastops_env* env) { return fastops_int4_linear(&d, env); },
+      [&](fastops_env* env, size_t* bytes) { return fastops_int4_linear_workspace(&d, env, bytes); }, {OUT},
+      !overlaps_itself(d.out));
+}
+
 // The header's promise: at most 1 MiB of workspace for each thread, whatever the lengths.
 void bound_workspace() {
   for (int64_t D : {8, 64, 72, 128, 136, 256})
@@ -433,6 +480,8 @@ int main(int argc, char** argv) {
       fuzz_merge_states(r);
     else if (which == 1)
       fuzz_scale_add(r);
+    else if (which == 2)
+      fuzz_int4_linear(r);
     else
       fuzz_attention(r);
   }

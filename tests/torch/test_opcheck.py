@@ -14,6 +14,9 @@ CU_Q, CU_K = torch.tensor([0, 2, 6], dtype=torch.int32), torch.tensor([0, 4, 9],
 CACHE = torch.randn(5, 4, 2, 64)
 TABLE, LENS = torch.tensor([[0, 3], [4, 1]], dtype=torch.int32), torch.tensor([5, 8], dtype=torch.int32)
 
+CODES = torch.randint(0, 256, (24, 32), dtype=torch.uint8)
+INT4 = (O.int4_pack(CODES), torch.rand(2, 4, 16))
+
 CASES = {
     "attention": (O.attention.default, (X, K, K), {"causal": True, "return_lse": True}),
     "attention_mask": (O.attention.default, (X, K, K), {"attn_mask": torch.rand(5, 9) < 0.5, "sinks": torch.randn(4)}),
@@ -24,6 +27,10 @@ CASES = {
     "attention_paged_out": (O.attention_paged_out.default, (T, CACHE, CACHE, TABLE, LENS, CU_Q), {"out": torch.empty_like(T)}),
     "attention_backward": (O.attention_backward.default, (X, None, X, torch.randn(2, 4, 5), X, K, K), {"sinks": torch.randn(4)}),
     "attention_varlen_backward": (O.attention_varlen_backward.default, (T, None, T, torch.randn(4, 6), T, TK, TK, CU_Q, CU_K), {"causal": True}),
+    "int4_pack": (O.int4_pack.default, (CODES,), {}),
+    "int4_linear": (O.int4_linear.default, (torch.randn(5, 64), *INT4, 24), {"zeros": INT4[1], "bias": torch.randn(24)}),
+    "int4_linear_int8": (O.int4_linear.default, (torch.randn(2, 64), *INT4, 24), {"mins": INT4[1], "int8": True}),
+    "int4_linear_out": (O.int4_linear_out.default, (torch.randn(5, 64), *INT4), {"out": torch.empty(5, 24)}),
     "merge_states": (O.merge_states.default, ([X, X], [torch.randn(2, 4, 5)] * 2), {}),
     "scale_add": (O.scale_add.default, (X, X.flip(0)), {"alpha": 0.5}),
     "scale_add_out": (O.scale_add_out.default, (X, X.flip(0)), {"out": torch.empty_like(X)}),

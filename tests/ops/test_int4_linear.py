@@ -1,0 +1,235 @@
+"""int4_linear against its reference, on every variant."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import fastops
+from fastops import _ops
+from fastops.info import isas
+from fastops.int4 import Int4Weight, pack_pairs, unpack_codes
+from fastops.ops.int4_linear import reference
+from fastops.testing import assert_matches, guarded
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+SERVED_BY = {"amx": "avx512_bf16", "amx_emu": "avx512_bf16"}
+KINDS = ["symmetric", "zeros", "mins"]
+
+
+@pytest.fixture(params=isas() or ["not-built"])
+def isa(request):
+    """Each variant this machine can run; fails a test in which another one ran."""
+    if request.param == "not-built":
+        pytest.skip(_ops.missing or "no variant")
+    with fastops.use_isa(request.param):
+        yield request.param
+        ran = _ops.control.last_variant()
+    assert ran == SERVED_BY.get(request.param, request.param)
+
+
+def random_weight(n, k, group, kind="symmetric", perm=False, scale_dtype=torch.float32):
+    codes = torch.randint(0, 16, (n, k))
+    groups = k // group
+    parts = {}
+    if kind == "zeros":
+        parts["zeros"] = (torch.rand(n, groups) * 15).to(scale_dtype)
+    if kind == "mins":
+        parts["mins"] = torch.randn(n, groups).to(scale_dtype)
+    if perm:
+        parts["perm"] = torch.randperm(k).int()
+    return Int4Weight(pack_pairs(codes), (torch.rand(n, groups) / 8 + 0.01).to(scale_dtype), **parts)
+
+
+def check(x, w, bias=None, activations="float"):
+    out = fastops.int4_linear(x, w, bias, activations=activations)
+    assert out.dtype == x.dtype
+    assert out.shape == (*x.shape[:-1], w.shape[0])
+    if activations == "float":
+        exact = reference(x.double(), w, bias)
+        same = (x @ w.dequantize(x.dtype).T + (0 if bias is None else bias.to(x.dtype))).to(x.dtype)
+        assert_matches(out, exact, same, what=f"{list(x.shape)} {w}")
+    else:  # rows are rounded once, the same way: products of whole numbers leave rounding of sums alone
+        exact = reference(x.float(), w, bias, activations="int8")
+        size = exact.abs().max().item() if exact.numel() else 0.0
+        tolerance = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[x.dtype] * max(size, 1.0) * 4
+        torch.testing.assert_close(out.float(), exact, atol=tolerance, rtol=tolerance)
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activations", ["float", "int8"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("m", "n", "k", "group"), [
+    (1, 64, 256, 32), (2, 40, 256, 64), (3, 200, 128, 128), (4, 8, 64, 64), (5, 72, 512, 128), (33, 136, 384, 96),
+])  # fmt: skip
+def test_matches_reference(isa, dtype, activations, kind, m, n, k, group):
+    check(torch.randn(m, k).to(dtype), random_weight(n, k, group, kind), torch.randn(n), activations)
+
+
+@pytest.mark.parametrize("activations", ["float", "int8"])
+@pytest.mark.parametrize(("k", "group"), [(8, 8), (24, 24), (4104, 4104), (2056, 8), (1032, 344)])
+@pytest.mark.parametrize("m", [1, 7])
+def test_groups_of_any_size(isa, activations, k, group, m):
+    check(torch.randn(m, k), random_weight(48, k, group, "zeros"), None, activations)
+
+
+@pytest.mark.parametrize("scale_dtype", DTYPES)
+@pytest.mark.parametrize("m", [1, 9])
+def test_scale_dtypes_and_act_order(isa, scale_dtype, m):
+    w = random_weight(72, 256, 64, "zeros", perm=True, scale_dtype=scale_dtype)
+    for activations in ("float", "int8"):
+        check(torch.randn(m, 256), w, torch.randn(72), activations)
+        check(torch.randn(m, 256).bfloat16(), w, None, activations)
+
+
+def test_many_rows(isa):
+    w = random_weight(80, 256, 64, "mins")
+    x = torch.randn(900, 256)  # more than two blocks of rows
+    out = check(x, w)
+    assert torch.equal(out[384:768], fastops.int4_linear(x[384:768], w))
+
+
+@given(
+    m=st.integers(0, 40), n=st.integers(1, 20), words=st.integers(1, 24), dtype=st.sampled_from(DTYPES),
+    kind=st.sampled_from(KINDS), perm=st.booleans(), seed=st.integers(0, 99), data=st.data(),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_random_shapes(m, n, words, dtype, kind, perm, seed, data):
+    torch.manual_seed(seed)
+    group = data.draw(st.sampled_from([d * 8 for d in range(1, words + 1) if words % d == 0]))
+    w = random_weight(n * 8, words * 8, group, kind, perm)
+    check(torch.randn(m, words * 8).to(dtype), w, None, data.draw(st.sampled_from(["float", "int8"])))
+
+
+def test_leading_dimensions_strides_and_out(isa):
+    w = random_weight(24, 64, 32)
+    x = torch.randn(2, 3, 5, 128)[..., ::2].transpose(0, 1)
+    want = reference(x, w)
+    torch.testing.assert_close(fastops.int4_linear(x, w), want, atol=1e-4, rtol=1e-4)
+    rows = torch.randn(6, 200)[:, 10:74]
+    out = torch.full((6, 40), 7.0)[:, 5:29]
+    assert fastops.int4_linear(rows, w, out=out) is out
+    torch.testing.assert_close(out, reference(rows, w), atol=1e-4, rtol=1e-4)
+    wide = torch.empty(6, 24)
+    got = fastops.int4_linear(rows.bfloat16(), w, out=wide)
+    torch.testing.assert_close(got, reference(rows.bfloat16().float(), w), atol=1e-4, rtol=1e-4)
+    assert fastops.int4_linear(torch.randn(64), w).shape == (24,)
+    assert fastops.int4_linear(torch.randn(0, 64), w).shape == (0, 24)
+
+
+@pytest.mark.parametrize("activations", ["float", "int8"])
+@pytest.mark.parametrize("m", [1, 3, 20])
+def test_same_bits_for_any_number_of_threads(isa, activations, m):
+    w, x = random_weight(1000, 256, 64, "zeros"), torch.randn(m, 256)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(fastops.int4_linear(x, w, activations=activations))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("activations", ["float", "int8"])
+def test_nan_and_inf_stay_in_their_row(isa, activations):
+    w = random_weight(24, 64, 32, "zeros")
+    for m in (3, 8):
+        x = torch.randn(m, 64)
+        clean = fastops.int4_linear(x, w, activations=activations)
+        x[1, 5] = float("nan")
+        x[2, 60] = float("inf")
+        out = fastops.int4_linear(x, w, activations=activations)
+        assert torch.isnan(out[1]).all()
+        assert not torch.isfinite(out[2]).any()
+        rest = [i for i in range(m) if i not in (1, 2)]
+        assert torch.equal(out[rest], clean[rest])
+    assert not fastops.int4_linear(torch.zeros(2, 64), w, activations=activations).any()
+
+
+@pytest.mark.parametrize("end", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m", [1, 4, 9])
+def test_stays_inside_its_tensors(isa, dtype, m, end):
+    w = random_weight(40, 72, 24, "zeros", perm=True, scale_dtype=torch.float16)
+    packed = w.packed()
+    args = [guarded(t, end) for t in (torch.randn(m, 72).to(dtype), packed.codes, packed.scales)]
+    options = {"zeros": guarded(packed.zeros, end), "perm": guarded(w.perm, end), "bias": guarded(torch.randn(40), end)}
+    out = guarded(torch.zeros(m, 40, dtype=dtype), end)
+    for int8 in (False, True):
+        _ops.ops.int4_linear_out(*args, **options, int8=int8, out=out)
+        assert torch.isfinite(out).all()
+
+
+def test_gradient_of_the_input():
+    w = random_weight(24, 64, 32, "zeros")
+    x = torch.randn(2, 5, 64, requires_grad=True)
+    grad = torch.randn(2, 5, 24)
+    fastops.int4_linear(x, w).backward(grad)
+    torch.testing.assert_close(x.grad, grad @ w.dequantize(), atol=1e-4, rtol=1e-4)
+
+
+def test_bias_gradient_runs_the_reference():
+    w, bias = random_weight(24, 64, 32), torch.randn(24, requires_grad=True)
+    with pytest.warns(fastops.FallbackWarning, match="bias requires a gradient"):
+        fastops.int4_linear(torch.randn(3, 64), w, bias).sum().backward()
+    torch.testing.assert_close(bias.grad, torch.full((24,), 3.0))
+
+
+def test_compiles_whole():
+    w = random_weight(24, 64, 32)
+    w.packed()
+    f = torch.compile(lambda x: fastops.int4_linear(x, w) * 2, fullgraph=True, backend="aot_eager", dynamic=True)
+    for m in (2, 5, 9):
+        x = torch.randn(m, 64)
+        torch.testing.assert_close(f(x), reference(x, w) * 2, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("n", "k"), [(16, 8), (20, 64), (7, 16)])
+def test_packing_keeps_every_code(n, k):
+    codes = pack_pairs(torch.randint(0, 16, (n, k)))
+    packed = _ops.ops.int4_pack(codes)
+    assert packed.shape == ((n + 15) // 16, k // 8, 16, 4)
+    assert torch.equal(unpack_codes(packed, n), codes)
+    from fastops.ops.int4_linear import _pack_elsewhere
+
+    assert torch.equal(packed, _pack_elsewhere(codes))
+
+
+@pytest.mark.parametrize(("call", "error", "words"), [
+    (lambda w, x: fastops.int4_linear(x, w.dequantize()), TypeError, "weight must be an Int4Weight, got Tensor"),
+    (lambda w, x: fastops.int4_linear(x[:, :56], w), ValueError, "its last dimension must be K = 64"),
+    (lambda w, x: fastops.int4_linear(x.int(), w), TypeError, "x is int32, allowed: float32"),
+    (lambda w, x: fastops.int4_linear(x, w, activations="fp8"), ValueError, "activations is 'fp8', allowed: float, int8"),
+    (lambda w, x: fastops.int4_linear(x, w, torch.zeros(23)), ValueError, "bias has shape [23], must be [24]"),
+    (lambda w, x: fastops.int4_linear(x, w, torch.zeros(24).int()), TypeError, "bias is int32"),
+    (lambda w, x: fastops.int4_linear(x, w, out=torch.zeros(3, 23)), ValueError, "out has shape [3, 23]"),
+    (lambda w, x: fastops.int4_linear([1.0], w), TypeError, "x must be a tensor, got list"),
+])  # fmt: skip
+def test_bad_input(call, error, words):
+    with pytest.raises(error) as caught:
+        call(random_weight(24, 64, 32), torch.randn(3, 64))
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"scales": torch.ones(2, 3, 16)}, "scales have 3 groups, must divide K / 8 = 8"),
+    ({"scales": torch.ones(3, 2, 16)}, "scales has size 3 in dimension 0, must be 2"),
+    ({"codes": torch.zeros(2, 7, 16, 4, dtype=torch.uint8)}, "codes has size 7 in dimension 1, must be 8"),
+    ({"zeros": torch.ones(2, 2, 16).half()}, "zeros must be float32, float16 or bfloat16, all of one dtype"),
+    ({"perm": torch.full((64,), 64, dtype=torch.int32)}, "perm[0] is 64, must be from 0 to 63"),
+    ({"bias": torch.zeros(23)}, "bias has size 23 in dimension 0, must be 24"),
+])  # fmt: skip
+def test_the_operator_refuses(change, words):
+    call = {
+        "x": torch.randn(3, 64),
+        "codes": torch.zeros(2, 8, 16, 4, dtype=torch.uint8),
+        "scales": torch.ones(2, 2, 16),
+        "n": 24,
+    }
+    with pytest.raises(RuntimeError) as caught:
+        _ops.ops.int4_linear(**{**call, **change})
+    assert words in str(caught.value)
