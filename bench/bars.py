@@ -29,7 +29,7 @@ BARS = [
     Bar("int4-int8-stream", "vs:onnxruntime", 1.0),
     Bar("int4-float-panel", "share", 0.80),
     Bar("int4-float-panel", "vs:torch", 1.0),
-    Bar("int4-float-panel", "vs:dense", 1.0),
+    Bar("int4-float-panel-fp32", "vs:dense", 1.0),
     Bar("int4-float-panel", "vs:onnxruntime", 1.0),
     Bar("int4-int8-panel", "share", 1.7),
     Bar("int4-int8-panel", "vs:onnxruntime", 1.0),

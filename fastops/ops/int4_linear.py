@@ -147,7 +147,7 @@ def int4_linear(
     Raises:
         ValueError, TypeError: naming the argument, its value and what is allowed.
 
-    Cost: up to 4 rows read the codes once, K N / 2 bytes; more rows expand each code once for 384 rows.
+    Cost: up to 4 rows read the codes once, K N / 2 bytes; more rows expand each code once for 256 rows.
 
     Example:
         >>> import torch, fastops

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import fastops
-from fastops.int4 import METHODS, Int4Weight, pack_pairs, quantize, unpack_pairs
-from fastops.nn import Int4Linear, quantize_model
+from fastops.int4 import METHODS, Int4Weight, pack_pairs, quantize, quantize_model, unpack_pairs
+from fastops.nn import Int4Linear
 
 
 def weight(**parts):

@@ -50,6 +50,12 @@ def test_demo_prints_texts_speeds_and_ratios(tiny, capsys):
     assert "texts:      the same" in shown
 
 
+def test_demo_in_four_bits(tiny, capsys):
+    assert cli.main(["demo", "--int4", "--prompt-tokens", "40", "--tokens", "5", "--repeats", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert "with fastops (attention: fastops, linear layers: 4 bits)" in shown
+
+
 def test_demo_takes_a_prompt(tiny, capsys):
     assert cli.main(["demo", "--prompt", "one three five", "--tokens", "2", "--repeats", "1"]) == 0
     assert "3 prompt tokens" in capsys.readouterr().out

@@ -159,7 +159,7 @@ struct Layout {
     sums = align64(table.row_bytes(p) * rows);
     row_scale = sums + align64(p.int8 || p.zeros || p.mins ? rows * p.groups * 4 : 0);
     scratch = row_scale + align64(p.int8 ? rows * 4 : 0);
-    scratch_bytes = align64(int4_scratch(rows) * 4);
+    scratch_bytes = align64(int4_scratch(rows, p.N) * 4);
     total = scratch + scratch_bytes * workers;
   }
 };
@@ -249,8 +249,13 @@ extern "C" fastops_status fastops_int4_linear(const fastops_int4_linear_desc* de
       if (p.M < 8) few.num_threads = 1;
       parallel_items(few, p.M, [&](int64_t r, int) { variant.table.prepare(p, r); });
     }
-    parallel_items(inner, (p.N + kInt4Panel - 1) / kInt4Panel, [&](int64_t panel, int worker) {
-      variant.table.panel(p, panel, reinterpret_cast<float*>(ws + at.scratch + worker * at.scratch_bytes));
+    const int64_t panels = (p.N + kInt4Panel - 1) / kInt4Panel;
+    // Codes that stream by are best read in long runs: a few items for each worker. (What is computed stays the same.)
+    const int64_t few = 8 * workers;
+    const int64_t run = p.M <= kInt4StreamRows ? (panels + few - 1) / few : int4_item_panels(p.M, p.N);
+    parallel_items(inner, (panels + run - 1) / run, [&](int64_t item, int worker) {
+      const int64_t end = (item + 1) * run < panels ? (item + 1) * run : panels;
+      variant.table.panels(p, item * run, end, reinterpret_cast<float*>(ws + at.scratch + worker * at.scratch_bytes));
     });
   }
   return FASTOPS_OK;

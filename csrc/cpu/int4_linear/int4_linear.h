@@ -5,11 +5,12 @@
 namespace fastops::cpu {
 
 constexpr int kInt4Block = 16;      // output features that lie together in the packed codes
-constexpr int kInt4Panel = 64;      // output features of a work item
+constexpr int kInt4Panel = 64;      // output features expanded together
 constexpr int kInt4StreamRows = 4;  // up to so many rows of x read the codes as they stream by
 constexpr int kInt4Ahead = 4096;    // bytes the prefetch of streamed codes runs ahead
 constexpr int kInt4Units = 128;     // 32-bit units of K that a panel expands at a time: 32 KiB
-constexpr int kInt4RowBlock = 384;  // rows of x at a time: panels are expanded once for each such block
+constexpr int kInt4RowBlock = 256;  // rows of x at a time: panels are expanded once for each such block
+constexpr int kInt4Wide = 4;        // panels of an item where rows are many: they share the rows they read
 
 struct Int4Params {
   int64_t M, N, K, groups, group;  // group: input features that share a scale
@@ -33,15 +34,19 @@ struct Int4Params {
 };
 
 struct Int4Table {
-  // Bytes of a row of `a`; 0: x itself is read.
+  // Bytes of a row of `a`, an odd number of cache lines (powers of two would share a few sets); 0: x itself is read.
   int64_t (*row_bytes)(const Int4Params&);
   void (*prepare)(const Int4Params&, int64_t row);
-  void (*panel)(const Int4Params&, int64_t panel, float* scratch);
+  void (*panels)(const Int4Params&, int64_t first, int64_t end, float* scratch);
 };
 
+// Panels of a work item of M rows (stream: the caller decides).
+inline int64_t int4_item_panels(int64_t M, int64_t N) {
+  return M >= 32 && N >= 8 * kInt4Wide * kInt4Panel ? kInt4Wide : 1;
+}
 // Floats of scratch a worker needs: an expanded panel, products of one group, sums over groups.
-inline int64_t int4_scratch(int64_t M) {
-  return M <= kInt4StreamRows ? 0 : kInt4Units * kInt4Panel + 2 * M * kInt4Panel;
+inline int64_t int4_scratch(int64_t M, int64_t N) {
+  return M <= kInt4StreamRows ? 0 : kInt4Units * kInt4Panel + (1 + int4_item_panels(M, N)) * M * kInt4Panel;
 }
 
 namespace scalar {

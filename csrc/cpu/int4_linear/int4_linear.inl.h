@@ -46,14 +46,10 @@ Mode mode_of(const Int4Params& p) {
 }
 
 int64_t row_bytes(const Int4Params& p) {
-  switch (mode_of(p)) {
-    case Mode::int8:
-      return p.K;
-    case Mode::bf16:
-      return p.K * 2;
-    default:
-      return p.dtype == FASTOPS_F32 && p.perm == nullptr ? 0 : p.K * 4;
-  }
+  const Mode mode = mode_of(p);
+  if (mode == Mode::f32 && p.M <= kInt4StreamRows && p.dtype == FASTOPS_F32 && p.perm == nullptr) return 0;
+  const int64_t lines = (p.K * (mode == Mode::int8 ? 1 : mode == Mode::bf16 ? 2 : 4) + 63) / 64;
+  return (lines | 1) * 64;
 }
 
 // Features [k, k + n) of a row in fp32, in the weight's order.
@@ -364,35 +360,44 @@ void add_group(const Int4Params& p, int64_t panel, int64_t g, bool begins, int r
 }
 
 template <Mode mode, class Dot>
-void panel_rows(const Int4Params& p, int64_t panel, float* scratch) {
+void expanded_panels(const Int4Params& p, int64_t panel0, int64_t panel_end, float* scratch) {
   constexpr int kPerWord = mode == Mode::f32 ? 8 : mode == Mode::bf16 ? 4 : 2;  // units
   constexpr int64_t kWords = kInt4Units / kPerWord;
   const int rows = static_cast<int>(p.M);
-  float *expanded = scratch, *products = expanded + kInt4Units * kInt4Panel, *total = products + rows * kInt4Panel;
-  const int64_t lda = p.a ? p.a_row / 4 : p.x_sm;
-  const int64_t blocks = (p.N + kInt4Block - 1) / kInt4Block - panel * (kInt4Panel / kInt4Block);
-  const int columns = static_cast<int>(blocks < kInt4Panel / kInt4Block ? blocks * kInt4Block : kInt4Panel);
-  std::memset(total, 0, sizeof(float) * static_cast<size_t>(rows * kInt4Panel));
+  const int64_t size = static_cast<int64_t>(rows) * kInt4Panel, lda = p.a_row / 4;
+  float *expanded = scratch, *products = expanded + kInt4Units * kInt4Panel, *totals = products + size;
+  std::memset(totals, 0, sizeof(float) * static_cast<size_t>(size * (panel_end - panel0)));
+  const auto columns_of = [&](int64_t panel) {
+    const int64_t blocks = (p.N + kInt4Block - 1) / kInt4Block - panel * (kInt4Panel / kInt4Block);
+    return static_cast<int>(blocks < kInt4Panel / kInt4Block ? blocks * kInt4Block : kInt4Panel);
+  };
   for (int64_t word = 0; word < p.K / 8;) {
     int64_t words = p.K / 8 - word < kWords ? p.K / 8 - word : kWords;
     const int64_t g = word * 8 / p.group, group_end = (g + 1) * p.group / 8;
     if (mode != Mode::f32 && group_end - word < words) words = group_end - word;  // a product ends with its group
-    expand<mode>(p, panel, word, words, expanded);
     const float* a = reinterpret_cast<const float*>(row_of(p, 0)) + word * kPerWord;
     const int units = static_cast<int>(words * kPerWord);
-    if constexpr (mode == Mode::f32) {
-      gemm<Dot>(a, lda, expanded, kInt4Panel, total, kInt4Panel, rows, columns, units, true);
-    } else {
-      gemm<Dot>(a, lda, expanded, kInt4Panel, products, kInt4Panel, rows, columns, units, false);
-      add_group<mode>(p, panel, g, word * 8 == g * p.group, rows, columns, products, total);
+    for (int64_t panel = panel0; panel < panel_end; ++panel) {
+      float* total = totals + (panel - panel0) * size;
+      const int columns = columns_of(panel);
+      expand<mode>(p, panel, word, words, expanded);
+      if constexpr (mode == Mode::f32) {
+        gemm<Dot>(a, lda, expanded, kInt4Panel, total, kInt4Panel, rows, columns, units, true);
+      } else {
+        gemm<Dot>(a, lda, expanded, kInt4Panel, products, kInt4Panel, rows, columns, units, false);
+        add_group<mode>(p, panel, g, word * 8 == g * p.group, rows, columns, products, total);
+      }
     }
     word += words;
   }
-  for (int r = 0; r < rows; ++r) {
-    for (int c = 0; c < columns; c += kInt4Block) {
-      vf values[kNV16];
-      for (int v = 0; v < kNV16; ++v) values[v] = vload(total + r * kInt4Panel + c + v * W);
-      finish(p, r, panel * kInt4Panel + c, values);
+  for (int64_t panel = panel0; panel < panel_end; ++panel) {
+    const float* total = totals + (panel - panel0) * size;
+    for (int r = 0; r < rows; ++r) {
+      for (int c = 0; c < columns_of(panel); c += kInt4Block) {
+        vf values[kNV16];
+        for (int v = 0; v < kNV16; ++v) values[v] = vload(total + r * kInt4Panel + c + v * W);
+        finish(p, r, panel * kInt4Panel + c, values);
+      }
     }
   }
 }
@@ -400,29 +405,28 @@ void panel_rows(const Int4Params& p, int64_t panel, float* scratch) {
 // ---- choice --------------------------------------------------------------------------------------------------------
 
 template <Mode mode, class Dot>
-void run_panel(const Int4Params& p, int64_t panel, float* scratch) {
-  if (p.M > kInt4StreamRows) return panel_rows<mode, Dot>(p, panel, scratch);
-  for (int64_t b = panel * (kInt4Panel / kInt4Block);
-       b * kInt4Block < p.N && b < (panel + 1) * (kInt4Panel / kInt4Block); ++b)
-    stream_rows<mode>(p, b);
+void run_panels(const Int4Params& p, int64_t first, int64_t end, float* scratch) {
+  if (p.M > kInt4StreamRows) return expanded_panels<mode, Dot>(p, first, end, scratch);
+  constexpr int64_t kBlocks = kInt4Panel / kInt4Block;
+  for (int64_t b = first * kBlocks; b * kInt4Block < p.N && b < end * kBlocks; ++b) stream_rows<mode>(p, b);
 }
 
-void int4_panel(const Int4Params& p, int64_t panel, float* scratch) {
+void int4_panels(const Int4Params& p, int64_t first, int64_t end, float* scratch) {
   switch (mode_of(p)) {
     case Mode::int8:
-      return run_panel<Mode::int8, DotU8S8>(p, panel, scratch);
+      return run_panels<Mode::int8, DotU8S8>(p, first, end, scratch);
 #if defined(FASTOPS_HAS_BF16_DOT)
     case Mode::bf16:
-      return run_panel<Mode::bf16, DotBf16>(p, panel, scratch);
+      return run_panels<Mode::bf16, DotBf16>(p, first, end, scratch);
 #endif
     default:
-      return run_panel<Mode::f32, DotF32>(p, panel, scratch);
+      return run_panels<Mode::f32, DotF32>(p, first, end, scratch);
   }
 }
 
 }  // namespace
 
 extern const Int4Table int4_table;
-const Int4Table int4_table = {&row_bytes, &prepare, &int4_panel};
+const Int4Table int4_table = {&row_bytes, &prepare, &int4_panels};
 
 }  // namespace fastops::cpu::FASTOPS_ISA

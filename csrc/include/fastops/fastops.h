@@ -199,7 +199,8 @@ typedef struct fastops_int4_linear_desc {
 } fastops_int4_linear_desc;
 
 FASTOPS_API fastops_status fastops_int4_linear_check(const fastops_int4_linear_desc* desc, char* message);
-/* Bytes of scratch: x as the kernels read it (at most M x K x 4), and 0.3 MiB for each thread. */
+/* Bytes of scratch: x as the kernels read it (at most 256 x (K + 16) x 4), its sums
+ * over groups, and 0.4 MiB for each thread. */
 FASTOPS_API fastops_status fastops_int4_linear_workspace(const fastops_int4_linear_desc* desc, const fastops_env* env,
                                                          size_t* bytes);
 FASTOPS_API fastops_status fastops_int4_linear(const fastops_int4_linear_desc* desc, fastops_env* env);
