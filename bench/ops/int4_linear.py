@@ -83,6 +83,8 @@ def _onnx(x: Any, n: int, k: int, accuracy: int) -> Any:
         model = helper.make_model(graph, opset_imports=versions, ir_version=9)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
+        # Its waiting threads would spin on the cores the other candidates run on.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         session = onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
         rows = x[0].numpy()
         kept["run"] = lambda: session.run(None, {"x": rows})[0]
