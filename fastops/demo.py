@@ -94,16 +94,22 @@ def load(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     return model, AutoTokenizer.from_pretrained(folder)
 
 
+def show(text: str) -> None:
+    """Replaces the progress line; silent when stderr is no terminal."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K  {text}" if text else "\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
 def in_four_bits(model: Any) -> Any:
-    """A copy with every linear layer, the output layer included, as 4-bit codes: groups of 32, searched scales, int8
+    """A copy with every linear layer, the output layer included, as 4-bit codes: groups of 32 rounded to nearest, int8
     activations (`fastops.int4.quantize_model`)."""
     from fastops.int4 import quantize_model
 
     def progress(done: int, total: int, name: str) -> None:
-        print(f"\r  to 4 bits: {done}/{total}   ", end="", file=sys.stderr, flush=True)
+        show(f"to 4 bits: layer {done}/{total}")
 
     model = copy.deepcopy(model)
-    options: dict[str, Any] = {"group_size": 32, "symmetric": False, "method": "mse", "scale_dtype": torch.float16}
+    options: dict[str, Any] = {"group_size": 32, "symmetric": False, "scale_dtype": torch.float16}
     quantize_model(model, activations="int8", progress=progress, **options)
     return model
 
@@ -191,14 +197,14 @@ def main(argv: list[str] | None = None) -> int:
     for repeat in range(args.repeats + 1):  # the first, unmeasured, warms caches and allocators
         for side, (runner, implementation, cache) in sides.items():
             label = "warm-up" if repeat == 0 else f"run {repeat}/{args.repeats}"
-            print(f"\r  {label}: {side}          ", end="", file=sys.stderr, flush=True)
+            show(f"{label}: {side}")
             runner.set_attn_implementation(implementation)
             tokens, prompt, write = timed_run(runner, ids, args.tokens if repeat else 4, cache())
             if repeat:
                 prompt_s[side].append(prompt)
                 write_s[side].append(write)
                 texts[side] = tokenizer.decode(tokens, skip_special_tokens=True)
-    print("\r" + " " * 40 + "\r", end="", file=sys.stderr)
+    show("")
     for side in sides:
         p, w = statistics.median(prompt_s[side]), statistics.median(write_s[side])
         extra = ", linear layers: 4 bits" if sides[side][0] is not model else ""
@@ -211,6 +217,8 @@ def main(argv: list[str] | None = None) -> int:
     why = "4-bit weights are another model" if args.int4 else "rounding decides close calls"
     same = "the same" if texts[a] == texts[b] else f"different ({why})"
     print(f"texts:      {same}")
+    if args.int4:
+        print("(Rounding to 4 bits costs so small a model quality: docs/ops/int4_linear.md has the measurement.)")
     return 0
 
 
