@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 import fastops
 from fastops import _ops
-from fastops.info import isas
 from fastops.int4 import Int4Weight, pack_pairs, unpack_codes
 from fastops.ops.int4_linear import reference
 from fastops.testing import assert_matches, guarded
@@ -15,17 +14,6 @@ from fastops.testing import assert_matches, guarded
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SERVED_BY = {"amx": "avx512_bf16", "amx_emu": "avx512_bf16"}
 KINDS = ["symmetric", "zeros", "mins"]
-
-
-@pytest.fixture(params=isas() or ["not-built"])
-def isa(request):
-    """Each variant this machine can run; fails a test in which another one ran."""
-    if request.param == "not-built":
-        pytest.skip(_ops.missing or "no variant")
-    with fastops.use_isa(request.param):
-        yield request.param
-        ran = _ops.control.last_variant()
-    assert ran == SERVED_BY.get(request.param, request.param)
 
 
 def random_weight(n, k, group, kind="symmetric", perm=False, scale_dtype=torch.float32):
