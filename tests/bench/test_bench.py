@@ -30,7 +30,7 @@ def test_measure_finds_a_known_ratio():
     assert 1.5 < r.median < 2.5
     assert r.verdict == "faster"
     assert ratio(timings["b"], timings["a"]).verdict == "slower"
-    assert timings["a"].median == pytest.approx(1e-3, rel=0.5)
+    assert timings["a"].median >= 0.99e-3
 
 
 @pytest.mark.parametrize(("pairs", "verdict"), [
