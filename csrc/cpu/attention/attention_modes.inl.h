@@ -342,7 +342,7 @@ struct Direct {
 
   // c[HB heads][RB rows][JB keys] = q k^T: up to W accumulators, whose horizontal sums are taken together.
   template <int HB, int RB, int JB>
-  static FASTOPS_INLINE void dots(const View& t, int h, int r0, int j) {
+  static FASTOPS_INLINE void dots(const View& t, RowStream& stream, bool ask, int h, int r0, int j) {
     static_assert(HB * RB * JB <= W, "one accumulator per lane of the sums");
     const float* q = t.a + (static_cast<int64_t>(h) * t.rows_per_head + r0) * t.lda;
     float* s = t.c + (static_cast<int64_t>(h) * t.rows_per_head + r0) * t.ldc + j;
@@ -356,10 +356,17 @@ struct Direct {
       FASTOPS_UNROLL
       for (int jj = 0; jj < JB; ++jj) kr[hh * JB + jj] = t.rows[j + jj] + (h + hh) * t.step;
     }
-    constexpr int kUnit = kDot16<T> ? 2 * W : W;
+    // With every line of a row that is used up, one more is asked for: bursts would fill the queue of misses, and wait.
+    constexpr int kUnit = kDot16<T> ? 2 * W : W, kLine = 64 / static_cast<int>(sizeof(T));
     int d = 0;
-    for (; d + kUnit <= t.dim; d += kUnit) dots_step<HB, RB, JB>(acc, kr, q, head_q, t.lda, d, kUnit);
-    if (d < t.dim) dots_step<HB, RB, JB>(acc, kr, q, head_q, t.lda, d, t.dim - d);
+    for (; d + kUnit <= t.dim; d += kUnit) {
+      if (ask && d % kLine == 0) stream.step(HB * JB);
+      dots_step<HB, RB, JB>(acc, kr, q, head_q, t.lda, d, kUnit);
+    }
+    if (d < t.dim) {
+      if (ask && d % kLine == 0) stream.step(HB * JB);
+      dots_step<HB, RB, JB>(acc, kr, q, head_q, t.lda, d, t.dim - d);
+    }
     float sums[W];
     vstore(sums, vreduce(acc));
     FASTOPS_UNROLL
@@ -406,47 +413,31 @@ struct Direct {
   }
 
   void scores(int, int rows, int n) {
-    const int now = lead < n ? lead : n, share = lines(w.D);
+    const int now = lead < n ? lead : n;
     RowStream stream(w.kr + now, n - now, k_bytes, w.vr, now, v_bytes);
     const View t{w.kr, w.k_step, w.q, w.ldq, w.s, w.BK, w.rows, w.D};
     if (w.heads == 1) {  // a vector of keys at once
       for (int j = 0; j < n; j += W) {
         int i = 0;
         for (; rows - i >= 4; i += 4)
-          for (int jj = 0; jj < W; jj += W / 4) {
-            if (i == 0) stream.step(share * (W / 4));
-            dots<1, 4, W / 4>(t, 0, i, j + jj);
-          }
+          for (int jj = 0; jj < W; jj += W / 4) dots<1, 4, W / 4>(t, stream, i == 0, 0, i, j + jj);
         for (; rows - i >= 2; i += 2)
-          for (int jj = 0; jj < W; jj += W / 2) {
-            if (i == 0) stream.step(share * (W / 2));
-            dots<1, 2, W / 2>(t, 0, i, j + jj);
-          }
-        for (; rows - i >= 1; ++i) {
-          if (i == 0) stream.step(share * W);
-          dots<1, 1, W>(t, 0, i, j);
-        }
+          for (int jj = 0; jj < W; jj += W / 2) dots<1, 2, W / 2>(t, stream, i == 0, 0, i, j + jj);
+        for (; rows - i >= 1; ++i) dots<1, 1, W>(t, stream, i == 0, 0, i, j);
       }
       return;
     }
     for (int j = 0; j < n; j += kStep) {
       int h = 0;
       if (rows == 1)
-        for (; h + 4 <= w.heads; h += 4) {
-          stream.step(share * kStep * 4);
-          dots<4, 1, kStep>(t, h, 0, j);
-        }
+        for (; h + 4 <= w.heads; h += 4) dots<4, 1, kStep>(t, stream, true, h, 0, j);
       if (rows == 2)
-        for (; h + 2 <= w.heads; h += 2) {
-          stream.step(share * kStep * 2);
-          dots<2, 2, kStep>(t, h, 0, j);
-        }
+        for (; h + 2 <= w.heads; h += 2) dots<2, 2, kStep>(t, stream, true, h, 0, j);
       for (; h < w.heads; ++h) {
-        stream.step(share * kStep);
         int i = 0;
-        for (; rows - i >= 4; i += 4) dots<1, 4, kStep>(t, h, i, j);
-        for (; rows - i >= 2; i += 2) dots<1, 2, kStep>(t, h, i, j);
-        for (; rows - i >= 1; ++i) dots<1, 1, kStep>(t, h, i, j);
+        for (; rows - i >= 4; i += 4) dots<1, 4, kStep>(t, stream, i == 0, h, i, j);
+        for (; rows - i >= 2; i += 2) dots<1, 2, kStep>(t, stream, i == 0, h, i, j);
+        for (; rows - i >= 1; ++i) dots<1, 1, kStep>(t, stream, i == 0, h, i, j);
       }
     }
   }
