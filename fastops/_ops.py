@@ -40,6 +40,18 @@ _PAIR = ", bool return_lse=False) -> (Tensor, Tensor)"
 _GRADIENTS = "Tensor dout, Tensor? dlse, Tensor out, Tensor lse, "
 _FOUR = ") -> (Tensor, Tensor, Tensor, Tensor)"
 _INT4 = "Tensor? zeros=None, Tensor? mins=None, Tensor? perm=None, Tensor? bias=None, *, bool int8=False"
+_AFFINE = "float eps=1e-6, *, float weight_offset=0.0"
+_ROPE = (
+    "Tensor q, Tensor? k, Tensor cos, Tensor sin, *, Tensor? positions=None, bool interleaved=False, bool inverse=False"
+)
+_QK_NORM = (
+    "Tensor q, Tensor? k, Tensor? q_weight, Tensor? k_weight, Tensor cos, Tensor sin, *, float eps=1e-6, "
+    "float weight_offset=0.0, Tensor? positions=None, bool interleaved=False"
+)
+_LOSS = (
+    "Tensor x, Tensor weight, Tensor target, Tensor? bias=None, *, int ignore_index=-100, float label_smoothing=0.0, "
+    "float softcap=0.0"
+)
 _INTO = ", Tensor(a!) out, Tensor(b!)? lse=None) -> ()"
 
 # Only read when the C++ library (csrc/torch/schemas.cpp) is absent; a test holds the two together.
@@ -60,6 +72,41 @@ SCHEMAS = {
     "int4_pack": "Tensor codes) -> Tensor",
     "int4_linear": f"Tensor x, Tensor codes, Tensor scales, int n, {_INT4}) -> Tensor",
     "int4_linear_out": f"Tensor x, Tensor codes, Tensor scales, {_INT4}, Tensor(a!) out) -> ()",
+    "rms_norm": f"Tensor x, Tensor? weight=None, {_AFFINE}) -> Tensor",
+    "rms_norm_out": f"Tensor x, Tensor? weight=None, {_AFFINE}, Tensor(a!) out) -> ()",
+    "fused_add_rms_norm": f"Tensor(a!) x, Tensor(b!) residual, Tensor? weight=None, {_AFFINE}) -> ()",
+    "layer_norm": "Tensor x, Tensor? weight=None, Tensor? bias=None, float eps=1e-5) -> Tensor",
+    "layer_norm_out": "Tensor x, Tensor? weight=None, Tensor? bias=None, float eps=1e-5, *, Tensor(a!) out) -> ()",
+    "norm": (
+        f"Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, {_AFFINE}, bool layer=False, int quant=0, "
+        "bool stats=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+    "norm_backward": (
+        "Tensor dout, Tensor? dsum, Tensor s, Tensor? weight, Tensor mean, Tensor rstd, *, float weight_offset=0.0, "
+        "bool layer=False, bool dweight=True, bool dbias=False) -> (Tensor, Tensor, Tensor)"
+    ),
+    "silu_and_mul": "Tensor x) -> Tensor",
+    "silu_and_mul_out": "Tensor x, *, Tensor(a!) out) -> ()",
+    "gelu_and_mul": "Tensor x, *, str approximate='tanh') -> Tensor",
+    "gelu_and_mul_out": "Tensor x, *, str approximate='tanh', Tensor(a!) out) -> ()",
+    "swiglu": "Tensor gate, Tensor up) -> Tensor",
+    "swiglu_out": "Tensor gate, Tensor up, *, Tensor(a!) out) -> ()",
+    "geglu": "Tensor gate, Tensor up, *, str approximate='tanh') -> Tensor",
+    "geglu_out": "Tensor gate, Tensor up, *, str approximate='tanh', Tensor(a!) out) -> ()",
+    "gated_backward": "Tensor dout, Tensor gate, Tensor up, int activation) -> (Tensor, Tensor)",
+    "and_mul_backward": "Tensor dout, Tensor x, int activation) -> Tensor",
+    "apply_rope": f"{_ROPE}) -> (Tensor, Tensor)",
+    "apply_rope_out": f"{_ROPE}, Tensor(a!) q_out, Tensor(b!)? k_out=None) -> ()",
+    "qk_norm_rope": f"{_QK_NORM}) -> (Tensor, Tensor)",
+    "qk_norm_rope_out": (
+        f"{_QK_NORM}, Tensor? v=None, Tensor? slots=None, Tensor(a!) q_out, Tensor(b!)? k_out=None, "
+        "Tensor(c!)? k_cache=None, Tensor(d!)? v_cache=None) -> ()"
+    ),
+    "linear_cross_entropy": f"{_LOSS}) -> (Tensor, Tensor)",
+    "linear_cross_entropy_backward": (
+        f"Tensor grad, Tensor lse, {_LOSS}, bool dx=True, bool dweight=True, bool dbias=False) "
+        "-> (Tensor, Tensor, Tensor)"
+    ),
     "scale_add": "Tensor x, Tensor y, *, float alpha=1.0) -> Tensor",
     "scale_add_out": "Tensor x, Tensor y, *, float alpha=1.0, Tensor(a!) out) -> ()",
 }

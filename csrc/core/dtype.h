@@ -60,4 +60,19 @@ inline void from_f32(float x, f16* out) {
   }
 }
 
+// e4m3, finite only: beyond 448 (an infinity, too) becomes 448.
+inline uint8_t to_f8(float x) {
+  const uint32_t u = detail::as_bits(x), mag = u & 0x7fffffffu;
+  uint32_t y;
+  if (mag > 0x7f800000u) {
+    y = 0x7f;
+  } else if (mag < 0x3c800000u) {  // below 2^-6 the adder rounds, at the unit 2^-9
+    y = detail::as_bits(detail::as_float(mag) + 16384.0f) - 0x46800000u;
+  } else {
+    y = (mag + 0x7ffffu + ((mag >> 20) & 1u) - (120u << 23)) >> 20;
+    if (y > 0x7e) y = 0x7e;
+  }
+  return static_cast<uint8_t>(y | ((u >> 24) & 0x80u));
+}
+
 }  // namespace fastops

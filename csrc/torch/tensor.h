@@ -39,6 +39,10 @@ inline int32_t dtype_of(const Tensor& t) {
       return FASTOPS_I64;
     case ScalarType::Byte:
       return FASTOPS_U8;
+    case ScalarType::Char:
+      return FASTOPS_I8;
+    case ScalarType::Float8_e4m3fn:
+      return FASTOPS_F8_E4M3;
     case ScalarType::Bool:
       return FASTOPS_BOOL;
     case ScalarType::Double:

@@ -233,5 +233,51 @@ def _weigh(p: Tensor, v: Tensor) -> Tensor:
     return torch.where(weights == 0, torch.zeros_like(weights), weights * v[..., None, :, :]).sum(-2)
 
 
+MAX_DIMS = 5  # FASTOPS_MAX_DIMS
+
+
+def require_float(op: str, name: str, t: Any, like: Tensor | None = None, of: str = "x") -> None:
+    """A tensor of a floating-point dtype we know; with `like`, of its dtype and device."""
+    require_tensor(op, name, t)
+    if t.dtype not in FLOATS:
+        raise TypeError(f"{op}: {name} is {name_of(t.dtype)}, allowed: {', '.join(map(name_of, FLOATS))}")
+    if like is not None and (t.dtype != like.dtype or t.device != like.device):
+        raise TypeError(
+            f"{op}: {name} is {name_of(t.dtype)} on {t.device}, "
+            f"{of} {name_of(like.dtype)} on {like.device}; they must agree"
+        )
+
+
+def require_like(op: str, name: str, t: Any, x: Tensor, of: str = "x") -> None:
+    """x's shape, dtype and device."""
+    require_float(op, name, t, x, of)
+    if t.shape != x.shape:
+        raise ValueError(f"{op}: {name} has shape {list(t.shape)}, {of} {list(x.shape)}; they must agree")
+
+
+def dense_rows(t: Tensor) -> Tensor:
+    """t, copied only where its last dimension is not dense."""
+    return t if t.dim() == 0 or t.shape[-1] <= 1 or t.stride(-1) == 1 else t.contiguous()
+
+
+def kernel_rows(t: Tensor) -> Tensor:
+    """t as the kernels take it: a dense last dimension, at most five dimensions (a view where that can be)."""
+    t = dense_rows(t)
+    return t if t.dim() <= MAX_DIMS else t.reshape(-1, t.shape[-1])
+
+
+def kernel_vector(t: Tensor | None, like: Tensor) -> Tensor | None:
+    """A weight as the kernels take it: dense, like's dtype or fp32 (other float types become fp32; anything else is
+    left for the kernel to refuse)."""
+    if t is None or t.dtype == like.dtype or t.dtype == torch.float32 or not t.dtype.is_floating_point:
+        return t if t is None else dense_rows(t)
+    return dense_rows(t.float())
+
+
+def wide_of(dtype: torch.dtype) -> torch.dtype:
+    """The dtype the reference computes in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def any_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

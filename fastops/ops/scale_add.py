@@ -13,23 +13,13 @@ from fastops.dispatch.select import Operator
 from fastops.ops import _common as common
 
 NAME = "scale_add"
-MAX_DIMS = 5  # FASTOPS_MAX_DIMS
 
 
 def validate(x: Tensor, y: Tensor, *, alpha: float = 1.0, out: Tensor | None = None) -> None:
     given = [("x", x), ("y", y)] if out is None else [("x", x), ("y", y), ("out", out)]
     for name, t in given:
-        common.require_tensor(NAME, name, t)
-        if t.dtype not in common.FLOATS:
-            known = ", ".join(map(common.name_of, common.FLOATS))
-            raise TypeError(f"{NAME}: {name} is {common.name_of(t.dtype)}, allowed: {known}")
-        if t.dtype != x.dtype or t.device != x.device:
-            raise TypeError(
-                f"{NAME}: {name} is {common.name_of(t.dtype)} on {t.device}, "
-                f"x {common.name_of(x.dtype)} on {x.device}; they must agree"
-            )
-        if t.shape != x.shape:
-            raise ValueError(f"{NAME}: {name} has shape {list(t.shape)}, x {list(x.shape)}; they must agree")
+        common.require_float(NAME, name, t)
+        common.require_like(NAME, name, t, x)
 
 
 def describe(x: Tensor, y: Tensor, *, alpha: float = 1.0, out: Tensor | None = None) -> Call:
@@ -46,18 +36,14 @@ def reference(x: Tensor, y: Tensor, *, alpha: float = 1.0, out: Tensor | None = 
 def run_cpp(x: Tensor, y: Tensor, *, alpha: float = 1.0, out: Tensor | None = None) -> Tensor:
     if common.any_grad(x, y):
         result = ScaleAdd.apply(x, y, alpha)
-    elif x.dim() > MAX_DIMS:
+    elif x.dim() > common.MAX_DIMS:
         result = run_cpp(x.reshape(-1), y.reshape(-1), alpha=alpha).view(x.shape)
-    elif out is not None and _dense_rows(out) is out:
-        _ops.ops.scale_add_out(_dense_rows(x), _dense_rows(y), alpha=alpha, out=out)
+    elif out is not None and common.dense_rows(out) is out:
+        _ops.ops.scale_add_out(common.dense_rows(x), common.dense_rows(y), alpha=alpha, out=out)
         return out
     else:
-        result = _op(_dense_rows(x), _dense_rows(y), alpha=alpha)
+        result = _op(common.dense_rows(x), common.dense_rows(y), alpha=alpha)
     return result if out is None else out.copy_(result)
-
-
-def _dense_rows(t: Tensor) -> Tensor:
-    return t if t.dim() == 0 or t.shape[-1] <= 1 or t.stride(-1) == 1 else t.contiguous()
 
 
 _op = _ops.ops.scale_add.default

@@ -25,14 +25,14 @@ def run(code, **env):
 def test_explain_lists_every_provider():
     e = fastops.explain("attention", Q, K, K, causal=True)
     assert e.chosen == "cpp"
-    assert set(e.reasons) == {"cpp", "cuda", "triton", "reference"}
+    assert set(e.reasons) == {"cpp", "cuda", "triton", "torch", "reference"}
     text = str(e)
     assert "attention [1,4,4,64] [1,6,2,64] [1,6,2,64] float32 cpu -> cpp / " in text
     assert "attention has no cuda implementation yet" in text
 
 
 def test_explain_refuses_what_the_operator_refuses():
-    with pytest.raises(ValueError, match="unknown operator 'atention', known: attention"):
+    with pytest.raises(ValueError, match="unknown operator 'atention', known: add_rms_norm"):
         fastops.explain("atention", Q)
     with pytest.raises(ValueError, match="head size 32"):
         fastops.explain("attention", Q, K[..., :32], K)

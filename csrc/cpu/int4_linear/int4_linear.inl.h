@@ -64,7 +64,7 @@ void read_features(const Int4Params& p, int64_t row, int64_t k, int n, float* to
     }
     return;
   }
-  const auto convert = [&](const auto* x) __attribute__((always_inline)) {
+  const auto convert = [&](const auto* x) FASTOPS_LAMBDA {
     x += row * p.x_sm + k;
     int i = 0;
     for (; i + W <= n; i += W) vstore(to + i, vload(x + i));
@@ -170,7 +170,7 @@ FASTOPS_INLINE void stream_words(const uint8_t* codes, int64_t n, const char* co
       }
 #if defined(FASTOPS_HAS_BF16_DOT)
       if constexpr (mode == Mode::bf16) {
-        const auto pair = [&](auto i) __attribute__((always_inline)) {
+        const auto pair = [&](auto i) FASTOPS_LAMBDA {
           const vi weights = vpairs_bf16<decltype(i)::value>(word);
           FASTOPS_UNROLL
           for (int r = 0; r < MR; ++r) {
@@ -182,7 +182,7 @@ FASTOPS_INLINE void stream_words(const uint8_t* codes, int64_t n, const char* co
       }
 #endif
       if constexpr (mode == Mode::f32) {
-        const auto one = [&](auto i) __attribute__((always_inline)) {
+        const auto one = [&](auto i) FASTOPS_LAMBDA {
           const vf weights = vnibble<decltype(i)::value>(word);
           FASTOPS_UNROLL
           for (int r = 0; r < MR; ++r) {
@@ -309,7 +309,7 @@ void expand(const Int4Params& p, int64_t panel, int64_t word0, int64_t words, fl
           const vf shift = p.mins ? vsub(load_scale(p.mins, p.scale_dtype, at), vmul(vset(8.0f), scale)) : vzero();
           for (; w < stop; ++w) {
             const vi word = viload(codes + w * 64 + v * W * 4);
-            const auto one = [&](auto i) __attribute__((always_inline)) {
+            const auto one = [&](auto i) FASTOPS_LAMBDA {
               const vf x = vmul(vsub(vnibble<decltype(i)::value>(word), zero), scale);
               vstore(dst + (w * 8 + kOrder[i]) * kInt4Panel, vsub(x, shift));
             };
@@ -320,7 +320,7 @@ void expand(const Int4Params& p, int64_t panel, int64_t word0, int64_t words, fl
         if constexpr (mode == Mode::bf16) {
           for (; w < stop; ++w) {
             const vi word = viload(codes + w * 64 + v * W * 4);
-            const auto pair = [&](auto i) __attribute__((always_inline)) {
+            const auto pair = [&](auto i) FASTOPS_LAMBDA {
               vistore(dst + (w * 4 + i) * kInt4Panel, vpairs_bf16<decltype(i)::value>(word));
             };
             each_of<4>(pair);

@@ -15,3 +15,5 @@
 #define FASTOPS_INLINE inline __attribute__((always_inline))
 // Before a loop of a fixed, small count over an array of vectors: unrolled early, the array lives in registers.
 #define FASTOPS_UNROLL _Pragma("GCC unroll 16")
+// The same for a lambda, behind its parameters.
+#define FASTOPS_LAMBDA __attribute__((always_inline))

@@ -44,6 +44,33 @@ FASTOPS_INLINE void vstoren(T* p, vf x, int n) {
   vstore(tmp, x);
   std::memcpy(p, tmp, static_cast<size_t>(n) * sizeof(T));
 }
+// Past the caches, to addresses aligned to the W elements; vstream_done() before anybody else may look.
+FASTOPS_INLINE void vstream(float* p, vf x) { _mm256_stream_ps(p, x); }
+template <class T>
+FASTOPS_INLINE void vstream(T* p, vf x) {
+  T tmp[W];
+  vstore(tmp, x);
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), _mm_loadu_si128(reinterpret_cast<const __m128i*>(tmp)));
+}
+FASTOPS_INLINE void vstream_done() { _mm_sfence(); }
+// W numbers as e4m3 (finite only): round to nearest even; what is beyond 448 becomes 448, a NaN stays one.
+FASTOPS_INLINE void vstore_f8(uint8_t* p, vf x) {
+  const __m256i u = _mm256_castps_si256(x), mag = _mm256_and_si256(u, _mm256_set1_epi32(0x7fffffff));
+  const __m256i sign = _mm256_and_si256(_mm256_srli_epi32(u, 24), _mm256_set1_epi32(0x80));
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(mag, 20), _mm256_set1_epi32(1));
+  __m256i y =
+      _mm256_srli_epi32(_mm256_add_epi32(mag, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7ffff - (120 << 23)))), 20);
+  y = _mm256_min_epi32(y, _mm256_set1_epi32(0x7e));
+  // Below 2^-6 the adder rounds, at the unit 2^-9.
+  const __m256i small =
+      _mm256_sub_epi32(_mm256_castps_si256(_mm256_add_ps(_mm256_castsi256_ps(mag), _mm256_set1_ps(16384.0f))),
+                       _mm256_set1_epi32(0x46800000));
+  y = _mm256_blendv_epi8(y, small, _mm256_cmpgt_epi32(_mm256_set1_epi32(0x3c800000), mag));
+  y = _mm256_blendv_epi8(y, _mm256_set1_epi32(0x7f), _mm256_cmpgt_epi32(mag, _mm256_set1_epi32(0x7f800000)));
+  y = _mm256_or_si256(y, sign);
+  const __m128i half = _mm_packus_epi32(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(half, half));
+}
 FASTOPS_INLINE vf vadd(vf a, vf b) { return _mm256_add_ps(a, b); }
 FASTOPS_INLINE vf vsub(vf a, vf b) { return _mm256_sub_ps(a, b); }
 FASTOPS_INLINE vf vmul(vf a, vf b) { return _mm256_mul_ps(a, b); }

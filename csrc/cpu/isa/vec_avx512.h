@@ -42,6 +42,29 @@ FASTOPS_INLINE void vstoren(f16* p, vf x, int n) {
   _mm256_mask_storeu_epi16(p, vfirst(n), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 }
 FASTOPS_INLINE void vstoren(bf16* p, vf x, int n) { _mm256_mask_storeu_epi16(p, vfirst(n), vnarrow_bf16(x)); }
+// Past the caches, to addresses aligned to the W elements; vstream_done() before anybody else may look.
+FASTOPS_INLINE void vstream(float* p, vf x) { _mm512_stream_ps(p, x); }
+FASTOPS_INLINE void vstream(f16* p, vf x) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+FASTOPS_INLINE void vstream(bf16* p, vf x) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), vnarrow_bf16(x)); }
+FASTOPS_INLINE void vstream_done() { _mm_sfence(); }
+// W numbers as e4m3 (finite only): round to nearest even; what is beyond 448 becomes 448, a NaN stays one.
+FASTOPS_INLINE void vstore_f8(uint8_t* p, vf x) {
+  const __m512i u = _mm512_castps_si512(x), mag = _mm512_and_si512(u, _mm512_set1_epi32(0x7fffffff));
+  const __m512i sign = _mm512_and_si512(_mm512_srli_epi32(u, 24), _mm512_set1_epi32(0x80));
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(mag, 20), _mm512_set1_epi32(1));
+  __m512i y =
+      _mm512_srli_epi32(_mm512_add_epi32(mag, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7ffff - (120 << 23)))), 20);
+  y = _mm512_min_epi32(y, _mm512_set1_epi32(0x7e));
+  // Below 2^-6 the adder rounds, at the unit 2^-9.
+  const __m512i small =
+      _mm512_sub_epi32(_mm512_castps_si512(_mm512_add_ps(_mm512_castsi512_ps(mag), _mm512_set1_ps(16384.0f))),
+                       _mm512_set1_epi32(0x46800000));
+  y = _mm512_mask_mov_epi32(y, _mm512_cmplt_epi32_mask(mag, _mm512_set1_epi32(0x3c800000)), small);
+  y = _mm512_mask_mov_epi32(y, _mm512_cmpgt_epi32_mask(mag, _mm512_set1_epi32(0x7f800000)), _mm512_set1_epi32(0x7f));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_or_si512(y, sign)));
+}
 FASTOPS_INLINE vf vadd(vf a, vf b) { return _mm512_add_ps(a, b); }
 FASTOPS_INLINE vf vsub(vf a, vf b) { return _mm512_sub_ps(a, b); }
 FASTOPS_INLINE vf vmul(vf a, vf b) { return _mm512_mul_ps(a, b); }

@@ -29,6 +29,16 @@ FASTOPS_INLINE void vstoren(T* p, vf x, int n) {
 }
 FASTOPS_INLINE void vstore(f16* p, vf x) { vstoren(p, x, W); }
 FASTOPS_INLINE void vstore(bf16* p, vf x) { vstoren(p, x, W); }
+// Past the caches, where that can be said; vstream_done() before anybody else may look.
+template <class T>
+FASTOPS_INLINE void vstream(T* p, vf x) {
+  vstore(p, x);
+}
+FASTOPS_INLINE void vstream_done() {}
+// W numbers as e4m3 (finite only): round to nearest even; what is beyond 448 becomes 448, a NaN stays one.
+FASTOPS_INLINE void vstore_f8(uint8_t* p, vf x) {
+  for (int i = 0; i < W; ++i) p[i] = to_f8(x[i]);
+}
 FASTOPS_INLINE vf vadd(vf a, vf b) { return a + b; }
 FASTOPS_INLINE vf vsub(vf a, vf b) { return a - b; }
 FASTOPS_INLINE vf vmul(vf a, vf b) { return a * b; }

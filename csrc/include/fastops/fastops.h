@@ -1,4 +1,4 @@
-/* fastops C API (C11): attention operators on caller-owned memory.
+/* fastops C API (C11): attention, GEMM and fused operators on caller-owned memory.
  *
  * Rules that hold for every function here
  *   - No allocation, no exception, no global state is touched by an operator call: scratch memory, threads and the
@@ -49,7 +49,9 @@ typedef enum fastops_dtype {
   FASTOPS_I64 = 5,
   FASTOPS_BOOL = 6, /* one byte, 0 or 1 */
   FASTOPS_F64 = 7,  /* named so that a check can refuse it with a clear message */
-  FASTOPS_U8 = 8
+  FASTOPS_U8 = 8,
+  FASTOPS_I8 = 9,
+  FASTOPS_F8_E4M3 = 10 /* finite only (e4m3fn): at most 448 */
 } fastops_dtype;
 
 #define FASTOPS_MAX_DIMS 5
@@ -204,6 +206,96 @@ FASTOPS_API fastops_status fastops_int4_linear_check(const fastops_int4_linear_d
 FASTOPS_API fastops_status fastops_int4_linear_workspace(const fastops_int4_linear_desc* desc, const fastops_env* env,
                                                          size_t* bytes);
 FASTOPS_API fastops_status fastops_int4_linear(const fastops_int4_linear_desc* desc, fastops_env* env);
+
+/* ---- norm: RMS norm and layer norm ---------------------------------------------------------------------------- */
+
+/* With s = x (+ residual), in fp32, over the last dimension:
+ *   layer = 0: out = s rstd (weight + weight_offset)            rstd = 1 / sqrt(mean(s^2) + eps)
+ *   layer = 1: out = (s - mean) rstd (weight + weight_offset) + bias   rstd = 1 / sqrt(var(s) + eps)
+ * One rounding at the end. out may be x, sum may be residual. With an int8 (e4m3) out each row is divided by its
+ * scale = absmax / 127 (448), 1 for a row of zeros, and rounded to nearest. */
+typedef struct fastops_norm_desc {
+  uint32_t struct_size;
+  int32_t layer;
+  fastops_tensor x;          /* [..., N] fp32, fp16, bf16 */
+  fastops_tensor residual;   /* optional, like x */
+  fastops_tensor sum;        /* with residual: like x, takes x + residual */
+  fastops_tensor weight;     /* optional [N]: x's dtype or fp32 */
+  fastops_tensor bias;       /* optional [N], layer = 1 only: x's dtype or fp32 */
+  fastops_tensor out;        /* x's shape: x's dtype, fp32, int8 or e4m3 */
+  fastops_tensor scales;     /* with int8, e4m3: contiguous fp32, one for each row */
+  fastops_tensor mean, rstd; /* optional, contiguous fp32, one for each row: what the backward needs */
+  float eps, weight_offset;
+} fastops_norm_desc;
+
+FASTOPS_API fastops_status fastops_norm_check(const fastops_norm_desc* desc, char* message);
+/* Bytes of scratch: (2 + threads) x N x 4. */
+FASTOPS_API fastops_status fastops_norm_workspace(const fastops_norm_desc* desc, const fastops_env* env, size_t* bytes);
+FASTOPS_API fastops_status fastops_norm(const fastops_norm_desc* desc, fastops_env* env);
+
+/* Gradients of out (dout) and, where given, of sum (dsum). */
+typedef struct fastops_norm_bwd_desc {
+  uint32_t struct_size;
+  int32_t layer;
+  fastops_tensor dout, s;        /* [..., N], one dtype; s: what was normalised */
+  fastops_tensor dsum;           /* optional, like s */
+  fastops_tensor weight;         /* optional [N] */
+  fastops_tensor mean, rstd;     /* as the forward left them; mean with layer = 1 only */
+  fastops_tensor ds;             /* like s */
+  fastops_tensor dweight, dbias; /* optional fp32 [N] */
+  float weight_offset;
+} fastops_norm_bwd_desc;
+
+FASTOPS_API fastops_status fastops_norm_bwd_check(const fastops_norm_bwd_desc* desc, char* message);
+/* Bytes of scratch: N x 4 for the weight and as much for each of at most 64 groups of rows and each of dweight, dbias.
+ */
+FASTOPS_API fastops_status fastops_norm_bwd_workspace(const fastops_norm_bwd_desc* desc, const fastops_env* env,
+                                                      size_t* bytes);
+FASTOPS_API fastops_status fastops_norm_bwd(const fastops_norm_bwd_desc* desc, fastops_env* env);
+
+/* ---- gated: activation(gate) * up ---------------------------------------------------------------------------- */
+
+typedef enum fastops_activation {
+  FASTOPS_SILU = 0,
+  FASTOPS_GELU_TANH = 1,
+  FASTOPS_GELU = 2 /* by the error function */
+} fastops_activation;
+
+/* out = activation(gate) up, in fp32 with one rounding. All [..., N], one shape and dtype of fp32, fp16, bf16; out may
+ * be gate or up. Backward: dout given; dgate and dup are written (they may be gate and up), out is not used. */
+typedef struct fastops_gated_desc {
+  uint32_t struct_size;
+  int32_t activation;
+  fastops_tensor gate, up, out;
+  fastops_tensor dout, dgate, dup;
+} fastops_gated_desc;
+
+FASTOPS_API fastops_status fastops_gated_check(const fastops_gated_desc* desc, char* message);
+FASTOPS_API fastops_status fastops_gated(const fastops_gated_desc* desc, fastops_env* env);
+
+/* ---- rope: rotary embedding of q and k, after an RMS norm of each head where weights are given ---------------- */
+
+/* For each token and head, with R = 2 * (last dimension of cos) <= D and pairs (i, i + R / 2), or (2 i, 2 i + 1) when
+ * interleaved:  (a, b) -> (a cos_i - b sin_i, b cos_i + a sin_i); elements from R on are copied. inverse = 1 turns the
+ * other way (the backward). In fp32, one rounding.
+ * k may be absent. With slots, token t's k (and v) go to row slots[t] of k_cache (v_cache) seen as
+ * [pages * page, Hkv, D], a negative slot goes nowhere, and k_out may be absent. */
+typedef struct fastops_rope_desc {
+  uint32_t struct_size;
+  int32_t interleaved, inverse;
+  fastops_tensor q, q_out;           /* [B,S,Hq,D] or [T,Hq,D]; q_out may be q */
+  fastops_tensor k, k_out;           /* [B,S,Hkv,D] or [T,Hkv,D] */
+  fastops_tensor cos, sin;           /* [S,R/2], [B,S,R/2] or [T,R/2]; with positions [P,R/2]. fp32, fp16, bf16 */
+  fastops_tensor positions;          /* optional int32 or int64 [S], [B,S] or [T], each from 0 to P - 1 */
+  fastops_tensor q_weight, k_weight; /* optional [D]: RMS norm first. q's dtype or fp32 */
+  fastops_tensor v;                  /* optional, with slots: [B,S,Hkv,Dv] or [T,Hkv,Dv] */
+  fastops_tensor k_cache, v_cache;   /* [P,page,Hkv,D], [P,page,Hkv,Dv], q's dtype */
+  fastops_tensor slots;              /* optional int64 [B * S] or [T] */
+  float eps, weight_offset;
+} fastops_rope_desc;
+
+FASTOPS_API fastops_status fastops_rope_check(const fastops_rope_desc* desc, char* message);
+FASTOPS_API fastops_status fastops_rope(const fastops_rope_desc* desc, fastops_env* env);
 
 /* ---- scale_add: the skeleton that a new operator copies (docs/adding-an-op.md) -------------------------------- */
 

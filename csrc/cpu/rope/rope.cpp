@@ -1,0 +1,201 @@
+// rope's C API on the CPU: check (positions and slots included), share the tokens out.
+#include "cpu/rope/rope.h"
+
+#include <cstring>
+
+#include "core/dtype.h"
+#include "core/parallel.h"
+
+namespace fastops::cpu {
+namespace {
+
+constexpr int64_t kItemSize = 16384;  // elements: some microseconds of work
+constexpr int64_t kMaxDim = 1024;
+
+int64_t integer(const fastops_tensor& t, const char* at) {
+  if (t.dtype == FASTOPS_I32) {
+    int32_t x;
+    std::memcpy(&x, at, 4);
+    return x;
+  }
+  int64_t x;
+  std::memcpy(&x, at, 8);
+  return x;
+}
+
+// q and its like: [B,S,H,D] or [T,H,D].
+bool heads(const char* name, const fastops_tensor& t, const fastops_tensor& q, int64_t dim, Checks& c) {
+  if (!c.floats(name, t) || !c.same_dtype(name, t, "q", q)) return false;
+  bool same = t.ndim == q.ndim;
+  for (int i = 0; same && i + 2 < q.ndim; ++i) same = t.size[i] == q.size[i];
+  if (!same) return c.fail(FASTOPS_ERR_VALUE, "%s must have q's dimensions before the heads", name);
+  return dim < 0 || last(t) == dim ||
+         c.fail(FASTOPS_ERR_VALUE, "%s has head size %lld, must be %lld", name, static_cast<long long>(last(t)),
+                static_cast<long long>(dim));
+}
+
+// Shapes that cos, sin and positions may have before their last dimension: per token, or per place in a sequence.
+bool per_token(const char* name, const fastops_tensor& t, int trailing, const fastops_tensor& q, Checks& c) {
+  const int lead = t.ndim - trailing, full = q.ndim - 2;
+  bool same = lead == full || (lead == 1 && full == 2);
+  for (int i = 0; same && i < lead; ++i) same = t.size[i] == q.size[full - lead + i];
+  return same ||
+         c.fail(FASTOPS_ERR_VALUE, "%s must have one row for each token of q, or for each place in a sequence", name);
+}
+
+bool check_cache(const char* name, const fastops_tensor& cache, const fastops_tensor& t, const fastops_tensor& q,
+                 Checks& c) {
+  if (!c.floats(name, cache) || !c.same_dtype(name, cache, "q", q)) return false;
+  return (cache.ndim == 4 && cache.size[2] == t.size[t.ndim - 2] && cache.size[3] == last(t)) ||
+         c.fail(FASTOPS_ERR_VALUE, "%s must be [pages, page, heads, head size] with k's (v's) heads and head size",
+                name);
+}
+
+bool check(const fastops_rope_desc& d, Checks& c) {
+  if (!c.struct_size(d.struct_size, sizeof d) || !c.floats("q", d.q)) return false;
+  if (d.q.ndim != 3 && d.q.ndim != 4) return c.fail(FASTOPS_ERR_VALUE, "q must be [B,S,H,D] or [T,H,D]");
+  const int64_t dim = last(d.q);
+  if (dim < 1 || dim > kMaxDim)
+    return c.fail(FASTOPS_ERR_VALUE, "the head size is %lld, allowed: 1 to %lld", static_cast<long long>(dim),
+                  static_cast<long long>(kMaxDim));
+  if (!heads("q_out", d.q_out, d.q, dim, c) || !c.same_shape("q_out", d.q_out, "q", d.q)) return false;
+  if (!c.floats("cos", d.cos) || !c.floats("sin", d.sin) || !c.same_dtype("sin", d.sin, "cos", d.cos) ||
+      !c.same_shape("sin", d.sin, "cos", d.cos))
+    return false;
+  if (2 * last(d.cos) > dim)
+    return c.fail(FASTOPS_ERR_VALUE, "cos has %lld angles, q's head size %lld has room for %lld",
+                  static_cast<long long>(last(d.cos)), static_cast<long long>(dim), static_cast<long long>(dim / 2));
+  if (given(d.positions)) {
+    if (d.positions.dtype != FASTOPS_I32 && d.positions.dtype != FASTOPS_I64)
+      return c.fail(FASTOPS_ERR_TYPE, "positions must be int32 or int64");
+    if (!c.well_formed("positions", d.positions) || !per_token("positions", d.positions, 0, d.q, c)) return false;
+    if (d.cos.ndim != 2) return c.fail(FASTOPS_ERR_VALUE, "with positions, cos and sin must be [P, R / 2]");
+    const Rows rows(d.positions, 0);
+    for (int64_t i = 0; i < rows.count; ++i) {
+      const int64_t p = integer(d.positions, rows.at(i));
+      if (p < 0 || p >= d.cos.size[0])
+        return c.fail(FASTOPS_ERR_VALUE, "a position is %lld, cos and sin have rows 0 to %lld",
+                      static_cast<long long>(p), static_cast<long long>(d.cos.size[0]) - 1);
+    }
+  } else if (!per_token("cos", d.cos, 1, d.q, c)) {
+    return false;
+  }
+  const fastops_tensor* const weights[] = {&d.q_weight, &d.k_weight};
+  for (const fastops_tensor* w : weights)
+    if (given(*w) &&
+        !(c.vector("q_weight or k_weight", *w, dim) && c.dtype_or_f32("q_weight or k_weight", *w, "q", d.q)))
+      return false;
+  if (given(d.k) && !heads("k", d.k, d.q, dim, c)) return false;
+  if (given(d.k_out) && !(heads("k_out", d.k_out, d.q, dim, c) && c.same_shape("k_out", d.k_out, "k", d.k)))
+    return false;
+  if (given(d.k) && !given(d.k_out) && !given(d.slots)) return c.fail(FASTOPS_ERR_VALUE, "k needs k_out, or slots");
+  if (!given(d.slots)) {
+    if (given(d.k_cache) || given(d.v_cache) || given(d.v))
+      return c.fail(FASTOPS_ERR_VALUE, "k_cache, v and v_cache need slots");
+    return true;
+  }
+  if (!given(d.k) || !given(d.k_cache)) return c.fail(FASTOPS_ERR_VALUE, "slots need k and k_cache");
+  if (!check_cache("k_cache", d.k_cache, d.k, d.q, c)) return false;
+  if (given(d.v) != given(d.v_cache)) return c.fail(FASTOPS_ERR_VALUE, "v and v_cache go together");
+  if (given(d.v)) {
+    if (!heads("v", d.v, d.q, -1, c) || !check_cache("v_cache", d.v_cache, d.v, d.q, c)) return false;
+    if (d.v_cache.size[0] != d.k_cache.size[0] || d.v_cache.size[1] != d.k_cache.size[1])
+      return c.fail(FASTOPS_ERR_VALUE, "k_cache and v_cache differ in pages");
+  }
+  if (d.slots.dtype != FASTOPS_I64) return c.fail(FASTOPS_ERR_TYPE, "slots must be int64");
+  const int64_t tokens = Rows(d.q, 2).count, room = d.k_cache.size[0] * d.k_cache.size[1];
+  if (!c.vector("slots", d.slots, tokens)) return false;
+  for (int64_t i = 0; i < tokens; ++i) {
+    const int64_t slot = static_cast<const int64_t*>(d.slots.data)[i];
+    if (slot >= room)
+      return c.fail(FASTOPS_ERR_VALUE, "slots[%lld] is %lld, the cache has %lld", static_cast<long long>(i),
+                    static_cast<long long>(slot), static_cast<long long>(room));
+  }
+  return true;
+}
+
+char* slot_of(const fastops_tensor& cache, int64_t slot) {
+  const int64_t page = cache.size[1], esize = size_of(cache.dtype);
+  return static_cast<char*>(cache.data) + (slot / page * cache.stride[0] + slot % page * cache.stride[1]) * esize;
+}
+
+void widen(const fastops_tensor& t, float offset, float* out) {
+  for (int64_t i = 0; i < t.size[0]; ++i) {
+    float x = 0.0f;
+    if (t.dtype == FASTOPS_F32) x = static_cast<const float*>(t.data)[i];
+    if (t.dtype == FASTOPS_F16) x = to_f32(static_cast<const f16*>(t.data)[i]);
+    if (t.dtype == FASTOPS_BF16) x = to_f32(static_cast<const bf16*>(t.data)[i]);
+    out[i] = x + offset;
+  }
+}
+
+// Row `token` of cos, sin or positions, which may have rows for the places of one sequence only.
+int64_t row_of(const fastops_tensor& t, int trailing, const fastops_tensor& q, int64_t token) {
+  return t.ndim - trailing < q.ndim - 2 ? token % q.size[1] : token;
+}
+
+}  // namespace
+}  // namespace fastops::cpu
+
+using namespace fastops;
+using namespace fastops::cpu;
+
+extern "C" fastops_status fastops_rope_check(const fastops_rope_desc* desc, char* message) {
+  Checks c("rope", message);
+  check(*desc, c);
+  return c.status();
+}
+
+extern "C" fastops_status fastops_rope(const fastops_rope_desc* desc, fastops_env* env) {
+  const fastops_rope_desc& d = *desc;
+  Checks c("rope", env->message);
+  if (!check(d, c)) return c.status();
+  if (const char* refusal = isa_refusal()) {
+    set_message(env->message, "%s", refusal);
+    return FASTOPS_ERR_UNSUPPORTED;
+  }
+  const auto variant = FASTOPS_CHOOSE(RopeTable, rope_table);
+  env->variant = variant.name;
+  const int64_t dim = last(d.q), half = last(d.cos), esize = size_of(d.q.dtype);
+  const Rows q(d.q, 2), q_out(d.q_out, 2), k(d.k, 2), k_out(d.k_out, 2), v(d.v, 2), cos(d.cos), sin(d.sin);
+  const Rows positions(d.positions, 0);
+  const int64_t tokens = q.count;
+  float q_weight[kMaxDim], k_weight[kMaxDim];
+  if (given(d.q_weight)) widen(d.q_weight, d.weight_offset, q_weight);
+  if (given(d.k_weight)) widen(d.k_weight, d.weight_offset, k_weight);
+  const auto heads_of = [](const fastops_tensor& t) { return given(t) ? t.size[t.ndim - 2] : 0; };
+  const auto step_of = [&](const fastops_tensor& t) { return given(t) ? t.stride[t.ndim - 2] * esize : 0; };
+  const int64_t work = (heads_of(d.q) + heads_of(d.k)) * dim, per = work < kItemSize ? kItemSize / (work + 1) : 1;
+  parallel_items(*env, (tokens + per - 1) / per, [&](int64_t item, int) {
+    alignas(64) float x[kMaxDim + 16], cosines[kMaxDim / 2 + 16], sines[kMaxDim / 2 + 16];
+    const int64_t end = (item + 1) * per < tokens ? (item + 1) * per : tokens;
+    for (int64_t t = item * per; t < end; ++t) {
+      const int64_t angle = given(d.positions) ? integer(d.positions, positions.at(row_of(d.positions, 0, d.q, t)))
+                                               : row_of(d.cos, 1, d.q, t);
+      variant.table.angles({cos.at(angle), sin.at(angle), d.cos.dtype, d.inverse != 0}, half, cosines, sines);
+      const auto turn = [&](const fastops_tensor& from, const Rows& in, char* out, int64_t out_step,
+                            const float* weight) {
+        const RopeHeads h{in.at(t), out, step_of(from), out_step, heads_of(from), weight};
+        variant.table.heads(h, dim, half, cosines, sines, d.eps, d.interleaved != 0, d.q.dtype, x);
+      };
+      turn(d.q, q, q_out.at(t), step_of(d.q_out), given(d.q_weight) ? q_weight : nullptr);
+      if (!given(d.k)) continue;
+      const int64_t slot = given(d.slots) ? static_cast<const int64_t*>(d.slots.data)[t] : -1;
+      char* const cached = slot >= 0 ? slot_of(d.k_cache, slot) : nullptr;
+      const int64_t cached_step = cached ? d.k_cache.stride[2] * esize : 0, rows = heads_of(d.k);
+      const float* weight = given(d.k_weight) ? k_weight : nullptr;
+      if (given(d.k_out)) {
+        turn(d.k, k, k_out.at(t), step_of(d.k_out), weight);
+        for (int64_t h = 0; cached && h < rows; ++h)
+          std::memcpy(cached + h * cached_step, k_out.at(t) + h * step_of(d.k_out), static_cast<size_t>(dim * esize));
+      } else if (cached) {
+        turn(d.k, k, cached, cached_step, weight);
+      }
+      if (cached && given(d.v))
+        for (int64_t h = 0; h < rows; ++h)
+          std::memcpy(slot_of(d.v_cache, slot) + h * d.v_cache.stride[2] * esize, v.at(t) + h * step_of(d.v),
+                      static_cast<size_t>(last(d.v) * esize));
+    }
+  });
+  return FASTOPS_OK;
+}
