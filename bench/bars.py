@@ -33,5 +33,7 @@ BARS = [
     Bar("int4-float-panel", "vs:onnxruntime", 1.0),
     Bar("int4-int8-panel", "share", 1.7),
     Bar("int4-int8-panel", "vs:onnxruntime", 1.0),
+    Bar("fused", "share", 0.85),
+    Bar("fused", "vs:torch-compile", 1.0),
     Bar("attention-call", "microseconds", 8.0),
 ]

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 SAMPLE_SECONDS = 1e-3
+BOUND_BY_MEMORY = ("memory", "copy")
 NOISE_FLOOR = 0.03  # ratios closer to 1 than this are never called a difference
 
 
@@ -81,7 +82,7 @@ def last_level_cache() -> int:
 
 def copies_for(case_bytes: float, kind: str) -> int:
     """Input sets to rotate over: one when hot, else four caches' worth (at most 2 GiB and 64 sets)."""
-    if kind != "memory":
+    if kind not in BOUND_BY_MEMORY:
         return 1
     want = math.ceil(4 * last_level_cache() / max(case_bytes, 1)) + 1
     return max(2, min(want, 64, int((2 << 30) / max(case_bytes, 1)) or 1))

@@ -19,10 +19,10 @@ from .bars import BARS
 from .case import DTYPES, Case
 from .ceilings import Ceilings
 from .machine import describe
-from .protocol import NOISE_FLOOR, Ratio, Timing, copies_for, measure, ratio
+from .protocol import BOUND_BY_MEMORY, NOISE_FLOOR, Ratio, Timing, copies_for, measure, ratio
 from .shapes import named
 
-READ = "large read"  # the candidate that measures the ceiling of a memory-bound case
+MEMORY = "ceiling"  # the candidate that measures the ceiling of a memory-bound case
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +68,16 @@ def candidates(case: Case, impls: list[str], isas: list[str], rivals: list[str])
         if rival in case.run:
             out[rival] = case.run[rival]
     return out
+
+
+def leave_out_broken(ways: dict[str, Any], rivals: list[str], x: Any) -> None:
+    """A rival that cannot run a case (torch.compile fails on some) is named and left out of it."""
+    for name in [r for r in rivals if r in ways]:
+        try:
+            ways[name](x)
+        except Exception as error:  # whatever it is, it is theirs
+            print(f"\r\x1b[K{name} left out: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
+            del ways[name]
 
 
 def _forced(run: Any, op: str, impl: str, isa: str) -> Any:
@@ -129,7 +139,7 @@ def choose(args: argparse.Namespace) -> list[Case]:
         if isa not in known_isas:
             raise ValueError(f"--isa: unknown {isa!r}; known: {', '.join(known_isas)}")
     shapes = named(args.shapes)
-    return [c for name in (args.op or ops.NAMES) for c in ops.module(name).cases(shapes, dtypes)]
+    return [c for name in (args.op or ops.NAMES) for c in ops.cases(name, shapes, dtypes)]
 
 
 def run_cases(cases: list[Case], args: argparse.Namespace, ceilings: Ceilings) -> list[Result]:
@@ -146,14 +156,15 @@ def run_cases(cases: list[Case], args: argparse.Namespace, ceilings: Ceilings) -
             first = case.make()
             inputs = [first, *(case.make() for _ in range(copies_for(case.bytes, case.kind) - 1))]
             ways = candidates(case, split(args.impl), split(args.isa), rivals)
-            if case.kind == "memory":
-                ways[READ], size = ceilings.reader()
+            leave_out_broken(ways, rivals, first)
+            if case.kind in BOUND_BY_MEMORY:
+                ways[MEMORY], size = ceilings.reader() if case.kind == "memory" else ceilings.copier()
             timings = measure(ways, inputs, args.time, bar.share)
             del inputs, first
             ceilings.measure(quick)
             ceiling: tuple[float, ...] = (ceilings.flops,) if case.kind == "compute" else ()
-            if case.kind == "memory":
-                ceiling = tuple(size / t for t in timings.pop(READ).samples)
+            if case.kind in BOUND_BY_MEMORY:
+                ceiling = tuple(size / t for t in timings.pop(MEMORY).samples)
             results.append(Result(case, timings, ceiling, ceilings.flops))
             bar.done()
     return results

@@ -84,3 +84,10 @@ def named(text: str) -> list[Shape]:
             known = ", ".join(["bars", "quick", "tiny", *MODELS])
             raise ValueError(f"--shapes: unknown {part.strip()!r}; known: {known}, and MODEL:prefill|decode|mixed")
     return list(dict.fromkeys(out))
+
+
+def rows_of(shapes: list[Shape]) -> list[tuple[int, int]]:
+    """Rows and columns for operators that work along rows: a decoding batch and a prefill of a model 4096 wide."""
+    if shapes and shapes[0].d == 16:
+        return [(3, 32)]
+    return [(32, 4096), (4096, 4096)] if any(s in BARS[:-1] for s in shapes) else [(32, 4096), (1024, 4096)]

@@ -4,7 +4,7 @@ import pytest
 from fastops.bench import ops
 from fastops.bench.shapes import named
 
-CASES = [c for n in ops.NAMES for c in ops.module(n).cases(named("quick"), ["fp32", "bf16"])]
+CASES = [c for n in ops.NAMES for c in ops.cases(n, named("quick"), ["fp32", "bf16"])]
 
 
 @pytest.mark.parametrize("who", ["fastops", "torch"])

@@ -1,13 +1,28 @@
-"""One module per operator, each with ``cases(shapes, dtypes) -> list[Case]``. docs/adding-an-op.md has the steps."""
+"""One module per room of operators, each with ``cases(shapes, dtypes) -> list[Case]``. docs/adding-an-op.md has the
+steps."""
 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
 
-NAMES = ("attention", "attention_varlen", "attention_paged", "merge_states", "sdpa", "int4_linear", "scale_add")
+from ..case import Case
+from ..shapes import Shape
+
+ROOMS = {
+    "rms_norm": "norm",
+    "fused_add_rms_norm": "norm",
+    "silu_and_mul": "gated",
+    "apply_rope": "rope",
+    "qk_norm_rope": "rope",
+}
+NAMES = (
+    "attention", "attention_varlen", "attention_paged", "merge_states", "sdpa", "int4_linear", *ROOMS,
+    "linear_cross_entropy", "scale_add",
+)  # fmt: skip
 
 
-def module(name: str) -> Any:
-    """The benchmark module of an operator."""
-    return import_module(f"{__name__}.{name}")
+def cases(name: str, shapes: list[Shape], dtypes: list[str]) -> list[Case]:
+    """An operator's cases."""
+    room = ROOMS.get(name)
+    found: list[Case] = import_module(f"{__name__}.{room or name}").cases(shapes, dtypes)
+    return [c for c in found if room is None or c.op == name]

@@ -58,17 +58,28 @@ class Rows {
 // would cost a third of the traffic, and they would push out everything else (docs/design/005-fused.md).
 constexpr int64_t kStreamBytes = 16 << 20;
 
-// The best variant with code of its own, for operators that have scalar, AVX2 and AVX-512 code.
+// How many of `rows` rows of `work` elements make an item: some microseconds at most, so that threads end together, and
+// not so little that handing it out would show.
+inline int64_t rows_per_item(int64_t rows, int64_t work, const fastops_env& env) {
+  constexpr int64_t kMost = 65536, kLeast = 4096;
+  int64_t per = rows / (2 * (env.num_threads > 1 ? env.num_threads : 1));
+  if (per * work > kMost) per = kMost / work;
+  if (per * work < kLeast) per = kLeast / (work > 0 ? work : 1);
+  return per > 1 ? per : 1;
+}
+
+// The best variant with code of its own, for operators that have scalar, AVX2, AVX-512 and AVX-512 BF16 code.
 template <class Table>
 struct Variant {
   const Table& table;
   const char* name;
 };
 #if defined(__x86_64__)
-#define FASTOPS_CHOOSE(Table, table)                                                  \
-  (active_isa() >= Isa::avx512 ? Variant<Table>{avx512::table, isa_name(Isa::avx512)} \
-   : active_isa() == Isa::avx2 ? Variant<Table>{avx2::table, isa_name(Isa::avx2)}     \
-                               : Variant<Table>{scalar::table, isa_name(Isa::scalar)})
+#define FASTOPS_CHOOSE(Table, table)                                                                 \
+  (active_isa() >= Isa::avx512_bf16 ? Variant<Table>{avx512_bf16::table, isa_name(Isa::avx512_bf16)} \
+   : active_isa() == Isa::avx512    ? Variant<Table>{avx512::table, isa_name(Isa::avx512)}           \
+   : active_isa() == Isa::avx2      ? Variant<Table>{avx2::table, isa_name(Isa::avx2)}               \
+                                    : Variant<Table>{scalar::table, isa_name(Isa::scalar)})
 #define FASTOPS_DECLARE_TABLES(Table, table) \
   namespace scalar {                         \
   extern const Table table;                  \
@@ -77,6 +88,9 @@ struct Variant {
   extern const Table table;                  \
   }                                          \
   namespace avx512 {                         \
+  extern const Table table;                  \
+  }                                          \
+  namespace avx512_bf16 {                    \
   extern const Table table;                  \
   }
 #else

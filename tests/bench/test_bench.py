@@ -97,7 +97,7 @@ def like(x, shape):
 
 
 @pytest.mark.parametrize(
-    "case", [c for n in ops.NAMES for c in ops.module(n).cases(named("tiny"), list(DTYPES))], ids=lambda c: c.label
+    "case", [c for n in ops.NAMES for c in ops.cases(n, named("tiny"), list(DTYPES))], ids=lambda c: c.label
 )
 def test_candidates_compute_the_same(case):
     inputs = case.make()
@@ -153,7 +153,7 @@ def test_check_makes_the_command_fail(monkeypatch, capsys):
 
 
 def test_forced_implementations_and_instruction_sets():
-    case = ops.module("attention").cases(named("tiny"), ["fp32"])[0]
+    case = ops.cases("attention", named("tiny"), ["fp32"])[0]
     ways = run.candidates(case, ["cpp", "reference"], [], ["torch"])
     assert list(ways) == ["cpp", "reference", "torch"]
     inputs = case.make()

@@ -2,8 +2,13 @@
 namespace fastops::cpu::FASTOPS_ISA {
 namespace {
 
+// Degree of the exponential's polynomial: the rounding of 16-bit results hides the errors of lower ones.
 template <class T>
-constexpr int gated_degree = sizeof(T) == 4 ? 6 : 4;  // of the exponential: 16-bit results hide the error of degree 4
+constexpr int gated_degree = 4;
+template <>
+constexpr int gated_degree<float> = 6;
+template <>
+constexpr int gated_degree<bf16> = 3;
 
 // activation(x), and its derivative where `slope` is asked for.
 //   SiLU: x s(x)                                       s + x s (1 - s),  s the logistic function
@@ -45,13 +50,29 @@ void gated_forward_as(const GatedPiece& p) {
   const T* gate = reinterpret_cast<const T*>(p.gate);
   const T* up = reinterpret_cast<const T*>(p.up);
   T* out = reinterpret_cast<T*>(p.out);
+  const auto full = [&](int64_t at, vf* y)
+                        FASTOPS_LAMBDA { *y = gated_one<T, kActivation>(vload(gate + at), vload(up + at)); };
+  // The lines of both inputs are asked for well before their use: two streams are more than some prefetchers follow.
+  constexpr int64_t kAhead = 2048 / static_cast<int64_t>(sizeof(T)), kLine = 64 / static_cast<int64_t>(sizeof(T));
+  const auto ask = [&](int64_t at) FASTOPS_LAMBDA {
+    if (at % kLine != 0) return;
+    vprefetch(gate + at + kAhead);
+    vprefetch(up + at + kAhead);
+  };
+  vf a, b;
   int64_t i = 0;
+  if constexpr (kStream)
+    for (; i + 2 * W <= p.n; i += 2 * W) {
+      ask(i);
+      ask(i + W);
+      full(i, &a);
+      full(i + W, &b);
+      vstream(out + i, a, b);
+    }
   for (; i + W <= p.n; i += W) {
-    const vf y = gated_one<T, kActivation>(vload(gate + i), vload(up + i));
-    if constexpr (kStream)
-      vstream(out + i, y);
-    else
-      vstore(out + i, y);
+    ask(i);
+    full(i, &a);
+    vstore(out + i, a);
   }
   const int rest = static_cast<int>(p.n - i);
   if (rest > 0) vstoren(out + i, gated_one<T, kActivation>(vloadn(gate + i, rest), vloadn(up + i, rest)), rest);

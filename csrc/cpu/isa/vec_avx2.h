@@ -44,13 +44,19 @@ FASTOPS_INLINE void vstoren(T* p, vf x, int n) {
   vstore(tmp, x);
   std::memcpy(p, tmp, static_cast<size_t>(n) * sizeof(T));
 }
-// Past the caches, to addresses aligned to the W elements; vstream_done() before anybody else may look.
-FASTOPS_INLINE void vstream(float* p, vf x) { _mm256_stream_ps(p, x); }
+// Neighbours change places.
+FASTOPS_INLINE vf vswap(vf x) { return _mm256_permute_ps(x, 0xb1); }
+// 2 W elements past the caches, to addresses they are aligned to; vstream_done() before anybody else may look.
+FASTOPS_INLINE void vstream(float* p, vf a, vf b) {
+  _mm256_stream_ps(p, a);
+  _mm256_stream_ps(p + W, b);
+}
 template <class T>
-FASTOPS_INLINE void vstream(T* p, vf x) {
-  T tmp[W];
-  vstore(tmp, x);
-  _mm_stream_si128(reinterpret_cast<__m128i*>(p), _mm_loadu_si128(reinterpret_cast<const __m128i*>(tmp)));
+FASTOPS_INLINE void vstream(T* p, vf a, vf b) {
+  T tmp[2 * W];
+  vstore(tmp, a);
+  vstore(tmp + W, b);
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tmp)));
 }
 FASTOPS_INLINE void vstream_done() { _mm_sfence(); }
 // W numbers as e4m3 (finite only): round to nearest even; what is beyond 448 becomes 448, a NaN stays one.

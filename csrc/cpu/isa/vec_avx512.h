@@ -24,6 +24,10 @@ FASTOPS_INLINE vf vload(const bf16* p) { return vwiden_bf16(_mm256_loadu_si256(r
 FASTOPS_INLINE vf vloadn(const float* p, int n) { return _mm512_maskz_loadu_ps(vfirst(n), p); }
 FASTOPS_INLINE vf vloadn(const f16* p, int n) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(vfirst(n), p)); }
 FASTOPS_INLINE vf vloadn(const bf16* p, int n) { return vwiden_bf16(_mm256_maskz_loadu_epi16(vfirst(n), p)); }
+#if defined(FASTOPS_HAS_BF16_DOT)
+// The instruction takes denormal numbers for 0.
+FASTOPS_INLINE __m256i vnarrow_bf16(vf x) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)); }
+#else
 FASTOPS_INLINE __m256i vnarrow_bf16(vf x) {
   const __m512i u = _mm512_castps_si512(x);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
@@ -32,6 +36,7 @@ FASTOPS_INLINE __m256i vnarrow_bf16(vf x) {
   const __m512i y = _mm512_mask_or_epi32(rounded, isnan, _mm512_srli_epi32(u, 16), _mm512_set1_epi32(0x40));
   return _mm512_cvtepi32_epi16(y);
 }
+#endif
 FASTOPS_INLINE void vstore(float* p, vf x) { _mm512_storeu_ps(p, x); }
 FASTOPS_INLINE void vstore(f16* p, vf x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
@@ -42,12 +47,21 @@ FASTOPS_INLINE void vstoren(f16* p, vf x, int n) {
   _mm256_mask_storeu_epi16(p, vfirst(n), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 }
 FASTOPS_INLINE void vstoren(bf16* p, vf x, int n) { _mm256_mask_storeu_epi16(p, vfirst(n), vnarrow_bf16(x)); }
-// Past the caches, to addresses aligned to the W elements; vstream_done() before anybody else may look.
+// Neighbours change places.
+FASTOPS_INLINE vf vswap(vf x) { return _mm512_permute_ps(x, 0xb1); }
+// 2 W elements past the caches, to addresses they are aligned to; vstream_done() before anybody else may look.
 FASTOPS_INLINE void vstream(float* p, vf x) { _mm512_stream_ps(p, x); }
-FASTOPS_INLINE void vstream(f16* p, vf x) {
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+FASTOPS_INLINE void vstream(float* p, vf a, vf b) {
+  vstream(p, a);
+  vstream(p + W, b);
 }
-FASTOPS_INLINE void vstream(bf16* p, vf x) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), vnarrow_bf16(x)); }
+FASTOPS_INLINE void vstream_halves(void* p, __m256i a, __m256i b) {
+  _mm512_stream_si512(static_cast<__m512i*>(p), _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1));
+}
+FASTOPS_INLINE void vstream(f16* p, vf a, vf b) {
+  vstream_halves(p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT), _mm512_cvtps_ph(b, _MM_FROUND_TO_NEAREST_INT));
+}
+FASTOPS_INLINE void vstream(bf16* p, vf a, vf b) { vstream_halves(p, vnarrow_bf16(a), vnarrow_bf16(b)); }
 FASTOPS_INLINE void vstream_done() { _mm_sfence(); }
 // W numbers as e4m3 (finite only): round to nearest even; what is beyond 448 becomes 448, a NaN stays one.
 FASTOPS_INLINE void vstore_f8(uint8_t* p, vf x) {

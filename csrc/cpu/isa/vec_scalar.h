@@ -29,10 +29,13 @@ FASTOPS_INLINE void vstoren(T* p, vf x, int n) {
 }
 FASTOPS_INLINE void vstore(f16* p, vf x) { vstoren(p, x, W); }
 FASTOPS_INLINE void vstore(bf16* p, vf x) { vstoren(p, x, W); }
-// Past the caches, where that can be said; vstream_done() before anybody else may look.
+// Neighbours change places.
+FASTOPS_INLINE vf vswap(vf x) { return vf{x[1], x[0], x[3], x[2]}; }
+// 2 W elements past the caches, where that can be said; vstream_done() before anybody else may look.
 template <class T>
-FASTOPS_INLINE void vstream(T* p, vf x) {
-  vstore(p, x);
+FASTOPS_INLINE void vstream(T* p, vf a, vf b) {
+  vstore(p, a);
+  vstore(p + W, b);
 }
 FASTOPS_INLINE void vstream_done() {}
 // W numbers as e4m3 (finite only): round to nearest even; what is beyond 448 becomes 448, a NaN stays one.

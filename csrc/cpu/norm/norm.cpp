@@ -8,7 +8,6 @@
 namespace fastops::cpu {
 namespace {
 
-constexpr int64_t kItemSize = 16384;  // elements: a microsecond of work or more
 constexpr int64_t kGroups = 64;  // at most so many partial sums of dweight: fixed by the shape, so results are, too
 
 bool check(const fastops_norm_desc& d, Checks& c) {
@@ -139,7 +138,7 @@ extern "C" fastops_status fastops_norm(const fastops_norm_desc* desc, fastops_en
   a.out_dtype = d.out.dtype;
   const int64_t row_bytes = n * size_of(d.out.dtype);
   a.stream = d.out.data != d.x.data && rows * row_bytes >= kStreamBytes && row_bytes % 64 == 0 && a.out.aligned(64);
-  const int64_t per = n < kItemSize ? kItemSize / n : 1;
+  const int64_t per = rows_per_item(rows, n, *env);
   parallel_items(*env, (rows + per - 1) / per, [&](int64_t item, int worker) {
     const int64_t first = item * per, end = first + per < rows ? first + per : rows;
     variant.table.forward(a, first, end, room + (2 + worker) * padded(n));

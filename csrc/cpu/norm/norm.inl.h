@@ -27,34 +27,70 @@ FASTOPS_INLINE float norm_total(const T* x, const T* r, int64_t n, F&& f) {
   return vsum(vadd(vadd(acc[0], acc[1]), vadd(acc[2], acc[3])));
 }
 
-template <class O, bool kStream>
-FASTOPS_INLINE void norm_put(O* p, vf y) {
-  if constexpr (kStream)
-    vstream(p, y);
-  else
-    vstore(p, y);
+// Lines of the next row, asked for while this one's results are made: the first pass over it then finds them there.
+template <class T>
+struct NormNext {
+  const T *x, *r;  // or null
+  FASTOPS_INLINE void ask(int64_t i) const {
+    if (i * static_cast<int64_t>(sizeof(T)) % 64 != 0) return;
+    if (x != nullptr) vprefetch(x + i);
+    if (r != nullptr) vprefetch(r + i);
+  }
+};
+
+// y = (s - mean) rstd weight + bias for `m` elements of the row, and s itself to `sum`.
+template <class T, bool kAdd>
+FASTOPS_INLINE vf norm_one(const NormArgs& a, const T* x, const T* r, T* sum, vf mean, vf rstd, int64_t i, int m) {
+  const vf s = m == W ? norm_take<T, kAdd>(x, r, i) : norm_take_n<T, kAdd>(x, r, i, m);
+  vf y = a.layer ? vmul(vsub(s, mean), rstd) : vmul(s, rstd);
+  if (a.weight) y = vmul(y, m == W ? vload(a.weight + i) : vloadn(a.weight + i, m));
+  if (a.bias) y = vadd(y, m == W ? vload(a.bias + i) : vloadn(a.bias + i, m));
+  if constexpr (kAdd) {
+    if (m == W)
+      vstore(sum + i, s);
+    else
+      vstoren(sum + i, s, m);
+  }
+  return y;
 }
 
-// y = (s - mean) rstd weight + bias for each vector of the row, and s itself to `sum`.
-template <class T, bool kAdd, class F>
-FASTOPS_INLINE void norm_each(const NormArgs& a, const T* x, const T* r, T* sum, float mean, float rstd, F&& f) {
-  const vf scale = vset(rstd), middle = vset(mean);
-  const auto finish = [&](vf s, int64_t i, int m) FASTOPS_LAMBDA {
-    vf y = a.layer ? vmul(vsub(s, middle), scale) : vmul(s, scale);
-    if (m == W) {
-      if (a.weight) y = vmul(y, vload(a.weight + i));
-      if (a.bias) y = vadd(y, vload(a.bias + i));
-      if (kAdd) vstore(sum + i, s);
-    } else {
-      if (a.weight) y = vmul(y, vloadn(a.weight + i, m));
-      if (a.bias) y = vadd(y, vloadn(a.bias + i, m));
-      if (kAdd) vstoren(sum + i, s, m);
-    }
-    f(y, i, m);
-  };
+// A row of results: two vectors at a time past the caches, where every pair is aligned.
+template <class T, class O, bool kAdd, bool kStream>
+FASTOPS_INLINE void norm_finish(const NormArgs& a, const T* x, const T* r, T* sum, O* out, NormNext<T> next, float mean,
+                                float rstd) {
+  const vf middle = vset(mean), scale = vset(rstd);
   int64_t i = 0;
-  for (; i + W <= a.n; i += W) finish(norm_take<T, kAdd>(x, r, i), i, W);
-  if (i < a.n) finish(norm_take_n<T, kAdd>(x, r, i, static_cast<int>(a.n - i)), i, static_cast<int>(a.n - i));
+  if constexpr (kStream) {
+    for (; i + 2 * W <= a.n; i += 2 * W) {
+      next.ask(i);
+      next.ask(i + W);
+      const vf first = norm_one<T, kAdd>(a, x, r, sum, middle, scale, i, W);
+      vstream(out + i, first, norm_one<T, kAdd>(a, x, r, sum, middle, scale, i + W, W));
+    }
+  }
+  for (; i + W <= a.n; i += W) {
+    next.ask(i);
+    vstore(out + i, norm_one<T, kAdd>(a, x, r, sum, middle, scale, i, W));
+  }
+  const int rest = static_cast<int>(a.n - i);
+  if (rest > 0) vstoren(out + i, norm_one<T, kAdd>(a, x, r, sum, middle, scale, i, rest), rest);
+}
+
+// The same into floats; returns the largest magnitude, or NaN where a result is not finite (a maximum may lose it).
+template <class T, bool kAdd>
+FASTOPS_INLINE float norm_finish_wide(const NormArgs& a, const T* x, const T* r, T* sum, float* out, float mean,
+                                      float rstd) {
+  const vf middle = vset(mean), scale = vset(rstd);
+  vf top = vzero(), odd = vzero();
+  for (int64_t i = 0; i < a.n; i += W) {
+    const int m = static_cast<int>(a.n - i < W ? a.n - i : W);
+    vf y = norm_one<T, kAdd>(a, x, r, sum, middle, scale, i, m);
+    if (m < W) y = vkeep(y, 0, m, 0.0f);
+    top = vmax(top, vabs(y));
+    odd = vfma(y, vzero(), odd);
+    vstoren(out + i, y, m);
+  }
+  return vhmax(top) + vsum(odd);
 }
 
 // Divides the row by its scale and stores it as `store` does, element by element of a vector.
@@ -89,25 +125,12 @@ void norm_rows(const NormArgs& a, int64_t first, int64_t last, float* scratch) {
     if (a.mean) a.mean[row] = mean;
     if (a.rstd) a.rstd[row] = rstd;
     if constexpr (sizeof(O) > 1) {
-      O* out = reinterpret_cast<O*>(a.out.at(row));
-      norm_each<T, kAdd>(a, x, r, sum, mean, rstd, [&](vf y, int64_t i, int m) FASTOPS_LAMBDA {
-        if (m == W)
-          norm_put<O, kStream>(out + i, y);
-        else
-          vstoren(out + i, y, m);
-      });
+      NormNext<T> next{};
+      if (row + 1 < last) next.x = reinterpret_cast<const T*>(a.x.at(row + 1));
+      if (kAdd && row + 1 < last) next.r = reinterpret_cast<const T*>(a.residual.at(row + 1));
+      norm_finish<T, O, kAdd, kStream>(a, x, r, sum, reinterpret_cast<O*>(a.out.at(row)), next, mean, rstd);
     } else {
-      vf top = vzero(), odd = vzero();  // `odd` becomes NaN where a result is not finite: a maximum may lose it
-      norm_each<T, kAdd>(a, x, r, sum, mean, rstd, [&](vf y, int64_t i, int m) FASTOPS_LAMBDA {
-        if (m < W) y = vkeep(y, 0, m, 0.0f);
-        top = vmax(top, vabs(y));
-        odd = vfma(y, vzero(), odd);
-        if (m == W)
-          vstore(scratch + i, y);
-        else
-          vstoren(scratch + i, y, m);
-      });
-      const float most = vhmax(top) + vsum(odd);
+      const float most = norm_finish_wide<T, kAdd>(a, x, r, sum, scratch, mean, rstd);
       const float scale = most == 0.0f ? 1.0f : most / (a.out_dtype == FASTOPS_I8 ? 127.0f : 448.0f);
       a.scales[row] = scale;
       if (a.out_dtype == FASTOPS_I8)

@@ -9,7 +9,6 @@
 namespace fastops::cpu {
 namespace {
 
-constexpr int64_t kItemSize = 16384;  // elements: some microseconds of work
 constexpr int64_t kMaxDim = 1024;
 
 int64_t integer(const fastops_tensor& t, const char* at) {
@@ -160,23 +159,34 @@ extern "C" fastops_status fastops_rope(const fastops_rope_desc* desc, fastops_en
   const Rows q(d.q, 2), q_out(d.q_out, 2), k(d.k, 2), k_out(d.k_out, 2), v(d.v, 2), cos(d.cos), sin(d.sin);
   const Rows positions(d.positions, 0);
   const int64_t tokens = q.count;
+  const auto heads_of = [](const fastops_tensor& t) { return given(t) ? t.size[t.ndim - 2] : 0; };
+  const auto step_of = [&](const fastops_tensor& t) { return given(t) ? t.stride[t.ndim - 2] * esize : 0; };
+  const auto lines = [&](const fastops_tensor& t, const Rows& rows) {
+    return !given(t) || (rows.aligned(64) && step_of(t) % 64 == 0);
+  };
+  const RopeShape shape{dim,
+                        half,
+                        d.eps,
+                        d.interleaved != 0,
+                        elements(d.q) * esize >= kStreamBytes && d.q_out.data != d.q.data && !given(d.slots) &&
+                            lines(d.q_out, q_out) && lines(d.k_out, k_out),
+                        d.q.dtype};
   float q_weight[kMaxDim], k_weight[kMaxDim];
   if (given(d.q_weight)) widen(d.q_weight, d.weight_offset, q_weight);
   if (given(d.k_weight)) widen(d.k_weight, d.weight_offset, k_weight);
-  const auto heads_of = [](const fastops_tensor& t) { return given(t) ? t.size[t.ndim - 2] : 0; };
-  const auto step_of = [&](const fastops_tensor& t) { return given(t) ? t.stride[t.ndim - 2] * esize : 0; };
-  const int64_t work = (heads_of(d.q) + heads_of(d.k)) * dim, per = work < kItemSize ? kItemSize / (work + 1) : 1;
+  const int64_t per = rows_per_item(tokens, (heads_of(d.q) + heads_of(d.k)) * dim, *env);
   parallel_items(*env, (tokens + per - 1) / per, [&](int64_t item, int) {
-    alignas(64) float x[kMaxDim + 16], cosines[kMaxDim / 2 + 16], sines[kMaxDim / 2 + 16];
+    alignas(64) float cosines[kMaxDim + 16], sines[kMaxDim + 16];
     const int64_t end = (item + 1) * per < tokens ? (item + 1) * per : tokens;
     for (int64_t t = item * per; t < end; ++t) {
       const int64_t angle = given(d.positions) ? integer(d.positions, positions.at(row_of(d.positions, 0, d.q, t)))
                                                : row_of(d.cos, 1, d.q, t);
-      variant.table.angles({cos.at(angle), sin.at(angle), d.cos.dtype, d.inverse != 0}, half, cosines, sines);
+      variant.table.angles({cos.at(angle), sin.at(angle), d.cos.dtype, d.inverse != 0}, shape, cosines, sines);
       const auto turn = [&](const fastops_tensor& from, const Rows& in, char* out, int64_t out_step,
                             const float* weight) {
-        const RopeHeads h{in.at(t), out, step_of(from), out_step, heads_of(from), weight};
-        variant.table.heads(h, dim, half, cosines, sines, d.eps, d.interleaved != 0, d.q.dtype, x);
+        const RopeHeads h{
+            in.at(t), out, step_of(from), out_step, heads_of(from), weight, t + 1 < end ? in.at(t + 1) : nullptr};
+        variant.table.heads(h, shape, cosines, sines);
       };
       turn(d.q, q, q_out.at(t), step_of(d.q_out), given(d.q_weight) ? q_weight : nullptr);
       if (!given(d.k)) continue;

@@ -13,6 +13,7 @@ struct RopeHeads {
   int64_t in_step, out_step;  // bytes from head to head
   int64_t heads;
   const float* weight;  // [D] or null: RMS norm first
+  const char* next;     // the next token's heads, to ask for while these are turned, or null
 };
 
 struct RopeAngles {
@@ -21,11 +22,17 @@ struct RopeAngles {
   bool inverse;
 };
 
+struct RopeShape {
+  int64_t d, half;
+  float eps;
+  bool interleaved, stream;
+  int32_t dtype;
+};
+
 struct RopeTable {
-  // `half` angles as floats, the sines first negated when inverse.
-  void (*angles)(const RopeAngles& from, int64_t half, float* cos, float* sin);
-  void (*heads)(const RopeHeads& h, int64_t d, int64_t half, const float* cos, const float* sin, float eps,
-                bool interleaved, int32_t dtype, float* scratch);
+  // `half` angles as floats, the sines negated when inverse. Interleaved: each twice, the first sine of two negated.
+  void (*angles)(const RopeAngles& from, const RopeShape& shape, float* cos, float* sin);
+  void (*heads)(const RopeHeads& h, const RopeShape& shape, const float* cos, const float* sin);
 };
 
 FASTOPS_DECLARE_TABLES(RopeTable, rope_table)

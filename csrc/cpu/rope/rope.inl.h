@@ -13,67 +13,137 @@ void rope_widen(const char* from, int64_t n, float sign, float* to) {
   }
 }
 
-void rope_angles(const RopeAngles& from, int64_t half, float* cos, float* sin) {
+void rope_angles(const RopeAngles& from, const RopeShape& shape, float* cos, float* sin) {
   const float sign = from.inverse ? -1.0f : 1.0f;
+  const int64_t half = shape.half;
   if (from.dtype == FASTOPS_F32)
     rope_widen<float>(from.cos, half, 1.0f, cos), rope_widen<float>(from.sin, half, sign, sin);
   if (from.dtype == FASTOPS_F16) rope_widen<f16>(from.cos, half, 1.0f, cos), rope_widen<f16>(from.sin, half, sign, sin);
   if (from.dtype == FASTOPS_BF16)
     rope_widen<bf16>(from.cos, half, 1.0f, cos), rope_widen<bf16>(from.sin, half, sign, sin);
-}
-
-// A head as floats in `x`, normalised where a weight is given: x rstd weight.
-template <class T>
-FASTOPS_INLINE void rope_take(const T* in, int64_t d, const float* weight, float eps, float* x) {
-  vf squares = vzero();
-  for (int64_t i = 0; i < d; i += W) {
-    const int m = static_cast<int>(d - i < W ? d - i : W);
-    const vf v = m == W ? vload(in + i) : vloadn(in + i, m);
-    squares = vfma(v, v, squares);
-    vstore(x + i, v);  // the scratch is padded
-  }
-  if (weight == nullptr) return;
-  const vf rstd = vset(1.0f / __builtin_sqrtf(vsum(squares) / static_cast<float>(d) + eps));
-  for (int64_t i = 0; i < d; i += W) {
-    const int m = static_cast<int>(d - i < W ? d - i : W);
-    vstore(x + i, vmul(vmul(vload(x + i), rstd), m == W ? vload(weight + i) : vloadn(weight + i, m)));
+  if (!shape.interleaved) return;
+  for (int64_t i = half; i-- > 0;) {
+    cos[2 * i] = cos[2 * i + 1] = cos[i];
+    const float s = sin[i];
+    sin[2 * i] = -s;
+    sin[2 * i + 1] = s;
   }
 }
 
+// One head's elements, normalised where a weight is given: x rstd weight.
 template <class T>
-void rope_heads_as(const RopeHeads& h, int64_t d, int64_t half, const float* cos, const float* sin, float eps,
-                   bool interleaved, float* x) {
+struct RopeInput {
+  const T* in;
+  const float* weight;
+  vf rstd;
+
+  FASTOPS_INLINE RopeInput(const T* x, const float* w, int64_t d, float eps) : in(x), weight(w), rstd(vzero()) {
+    if (w == nullptr) return;
+    vf even = vzero(), odd = vzero();
+    int64_t i = 0;
+    for (; i + 2 * W <= d; i += 2 * W) {
+      const vf a = vload(in + i), b = vload(in + i + W);
+      even = vfma(a, a, even);
+      odd = vfma(b, b, odd);
+    }
+    for (; i < d; i += W) {
+      const vf a = vloadn(in + i, static_cast<int>(d - i < W ? d - i : W));
+      even = vfma(a, a, even);
+    }
+    rstd = vset(1.0f / __builtin_sqrtf(vsum(vadd(even, odd)) / static_cast<float>(d) + eps));
+  }
+  template <bool kNorm, bool kFull>
+  FASTOPS_INLINE vf take(int64_t i, int m) const {
+    const vf x = kFull ? vload(in + i) : vloadn(in + i, m);
+    if constexpr (!kNorm) return x;
+    return vmul(vmul(x, rstd), kFull ? vload(weight + i) : vloadn(weight + i, m));
+  }
+};
+
+template <bool kFull, class T>
+FASTOPS_INLINE void rope_put(T* p, vf y, int m) {
+  if constexpr (kFull)
+    vstore(p, y);
+  else
+    vstoren(p, y, m);
+}
+
+// Elements [first, last) turned (neighbours), kFull: a whole number of vectors.
+template <class T, bool kNorm, bool kFull>
+FASTOPS_INLINE void rope_neighbours(const RopeInput<T>& x, T* out, int64_t turned, const float* cos, const float* sin) {
+  for (int64_t i = 0; i < turned; i += W) {
+    const int m = static_cast<int>(turned - i < W ? turned - i : W);
+    const vf a = x.template take<kNorm, kFull>(i, m);
+    const vf c = kFull ? vload(cos + i) : vloadn(cos + i, m), s = kFull ? vload(sin + i) : vloadn(sin + i, m);
+    rope_put<kFull>(out + i, vfma(a, c, vmul(vswap(a), s)), m);
+  }
+}
+
+template <class T, bool kNorm, bool kFull>
+FASTOPS_INLINE void rope_halves(const RopeInput<T>& x, T* out, int64_t half, const float* cos, const float* sin) {
+  for (int64_t i = 0; i < half; i += W) {
+    const int m = static_cast<int>(half - i < W ? half - i : W);
+    const vf a = x.template take<kNorm, kFull>(i, m), b = x.template take<kNorm, kFull>(half + i, m);
+    const vf c = kFull ? vload(cos + i) : vloadn(cos + i, m), s = kFull ? vload(sin + i) : vloadn(sin + i, m);
+    rope_put<kFull>(out + i, vsub(vmul(a, c), vmul(b, s)), m);
+    rope_put<kFull>(out + half + i, vfma(b, c, vmul(a, s)), m);
+  }
+}
+
+// As rope_halves with results past the caches; half is a multiple of 2 W.
+template <class T, bool kNorm>
+FASTOPS_INLINE void rope_halves_stream(const RopeInput<T>& x, T* out, int64_t half, const float* cos,
+                                       const float* sin) {
+  for (int64_t i = 0; i < half; i += 2 * W) {
+    const vf a = x.template take<kNorm, true>(i, W), b = x.template take<kNorm, true>(half + i, W);
+    const vf c = vload(cos + i), s = vload(sin + i);
+    const vf a2 = x.template take<kNorm, true>(i + W, W), b2 = x.template take<kNorm, true>(half + i + W, W);
+    const vf c2 = vload(cos + i + W), s2 = vload(sin + i + W);
+    vstream(out + i, vsub(vmul(a, c), vmul(b, s)), vsub(vmul(a2, c2), vmul(b2, s2)));
+    vstream(out + half + i, vfma(b, c, vmul(a, s)), vfma(b2, c2, vmul(a2, s2)));
+  }
+}
+
+template <class T, bool kNorm>
+void rope_heads_as(const RopeHeads& h, const RopeShape& shape, const float* cos, const float* sin) {
+  const int64_t d = shape.d, half = shape.half, turned = 2 * half;
   for (int64_t head = 0; head < h.heads; ++head) {
-    const T* in = reinterpret_cast<const T*>(h.in + head * h.in_step);
+    const RopeInput<T> x(reinterpret_cast<const T*>(h.in + head * h.in_step), h.weight, d, shape.eps);
     T* out = reinterpret_cast<T*>(h.out + head * h.out_step);
-    rope_take(in, d, h.weight, eps, x);
-    if (interleaved) {
-      for (int64_t i = 0; i < half; ++i) {
-        const float a = x[2 * i], b = x[2 * i + 1];
-        x[2 * i] = a * cos[i] - b * sin[i];
-        x[2 * i + 1] = b * cos[i] + a * sin[i];
-      }
-      for (int64_t i = 0; i < d; i += W) vstoren(out + i, vload(x + i), static_cast<int>(d - i < W ? d - i : W));
-      continue;
+    if (h.next != nullptr)
+      for (int64_t i = 0; i < d * static_cast<int64_t>(sizeof(T)); i += 64) vprefetch(h.next + head * h.in_step + i);
+    if (shape.interleaved) {
+      if (turned % W == 0)
+        rope_neighbours<T, kNorm, true>(x, out, turned, cos, sin);
+      else
+        rope_neighbours<T, kNorm, false>(x, out, turned, cos, sin);
+    } else if (shape.stream && half % (2 * W) == 0 && turned == d) {
+      rope_halves_stream<T, kNorm>(x, out, half, cos, sin);
+    } else if (half % W == 0) {
+      rope_halves<T, kNorm, true>(x, out, half, cos, sin);
+    } else {
+      rope_halves<T, kNorm, false>(x, out, half, cos, sin);
     }
-    for (int64_t i = 0; i < half; i += W) {
-      const int m = static_cast<int>(half - i < W ? half - i : W);
-      const vf a = vloadn(x + i, m), b = vloadn(x + half + i, m), c = vloadn(cos + i, m), s = vloadn(sin + i, m);
-      vstoren(out + i, vsub(vmul(a, c), vmul(b, s)), m);
-      vstoren(out + half + i, vfma(b, c, vmul(a, s)), m);
-    }
-    for (int64_t i = 2 * half; i < d; i += W) {
+    for (int64_t i = turned; i < d; i += W) {
       const int m = static_cast<int>(d - i < W ? d - i : W);
-      vstoren(out + i, vloadn(x + i, m), m);
+      vstoren(out + i, x.template take<kNorm, false>(i, m), m);
     }
   }
+  if (shape.stream) vstream_done();
 }
 
-void rope_heads(const RopeHeads& h, int64_t d, int64_t half, const float* cos, const float* sin, float eps,
-                bool interleaved, int32_t dtype, float* x) {
-  if (dtype == FASTOPS_F32) rope_heads_as<float>(h, d, half, cos, sin, eps, interleaved, x);
-  if (dtype == FASTOPS_F16) rope_heads_as<f16>(h, d, half, cos, sin, eps, interleaved, x);
-  if (dtype == FASTOPS_BF16) rope_heads_as<bf16>(h, d, half, cos, sin, eps, interleaved, x);
+template <class T>
+void rope_heads_of(const RopeHeads& h, const RopeShape& shape, const float* cos, const float* sin) {
+  if (h.weight != nullptr)
+    rope_heads_as<T, true>(h, shape, cos, sin);
+  else
+    rope_heads_as<T, false>(h, shape, cos, sin);
+}
+
+void rope_heads(const RopeHeads& h, const RopeShape& shape, const float* cos, const float* sin) {
+  if (shape.dtype == FASTOPS_F32) rope_heads_of<float>(h, shape, cos, sin);
+  if (shape.dtype == FASTOPS_F16) rope_heads_of<f16>(h, shape, cos, sin);
+  if (shape.dtype == FASTOPS_BF16) rope_heads_of<bf16>(h, shape, cos, sin);
 }
 
 }  // namespace

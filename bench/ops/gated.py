@@ -1,0 +1,37 @@
+"""silu_and_mul over rows of a model, against torch's operators and torch.compile of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+import fastops
+
+from ..case import DTYPES, Case
+from ..shapes import Shape, rows_of
+
+
+def cases(shapes: list[Shape], dtypes: list[str]) -> list[Case]:
+    return [case(m, n, name) for m, n in rows_of(shapes) for name in dtypes]
+
+
+def plain(x: Any) -> torch.Tensor:
+    gate, up = x[0].chunk(2, -1)
+    return F.silu(gate) * up
+
+
+def case(m: int, n: int, name: str) -> Case:
+    dtype = DTYPES[name]
+    size = m * n * torch.empty(0, dtype=dtype).element_size()
+
+    def make() -> Any:
+        return torch.randn(m, 2 * n).to(dtype), torch.empty(m, n, dtype=dtype)
+
+    run = {
+        "fastops": lambda x: fastops.silu_and_mul(x[0], out=x[1]),
+        "torch": plain,
+        "torch-compile": torch.compile(plain, dynamic=False),
+    }
+    return Case("silu_and_mul", f"{m}x{n}", name, "copy", 20.0 * m * n, 3.0 * size, make, run, frozenset({"fused"}))
