@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastops.int4.weight import PARTS, Int4Weight
+from fastops.ops.gated import gelu_and_mul, silu_and_mul
 from fastops.ops.int4_linear import int4_linear
+from fastops.ops.linear_cross_entropy import linear_cross_entropy
+from fastops.ops.norm import fused_add_rms_norm, layer_norm, rms_norm
 
 
 class Int4Linear(nn.Module):
@@ -67,3 +71,75 @@ class Int4Linear(nn.Module):
         return (
             f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self._weight}, {self.activations}"
         )
+
+
+class RMSNorm(nn.Module):
+    """`fastops.rms_norm`; with a residual, `fused_add_rms_norm` (both tensors are overwritten and returned).
+
+    Args:
+        size: N. weight_offset: 1.0 for Gemma's norms, whose weight starts at 0; otherwise the weight starts at 1.
+    """
+
+    def __init__(
+        self, size: int, eps: float = 1e-6, *, weight_offset: float = 0.0, device: Any = None, dtype: Any = None
+    ):
+        super().__init__()
+        self.eps, self.weight_offset = eps, weight_offset
+        self.weight = nn.Parameter(torch.full((size,), 1.0 - weight_offset, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
+        if residual is None:
+            return rms_norm(x, self.weight, self.eps, weight_offset=self.weight_offset)
+        return fused_add_rms_norm(x, residual, self.weight, self.eps, weight_offset=self.weight_offset)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.numel()}, eps={self.eps}, weight_offset={self.weight_offset}"
+
+
+class LayerNorm(nn.LayerNorm):
+    """torch.nn.LayerNorm over the last dimension, by `fastops.layer_norm`.
+
+    Raises:
+        ValueError: a normalized_shape of more than one dimension.
+    """
+
+    def __init__(self, normalized_shape: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(normalized_shape, *args, **kwargs)
+        if len(self.normalized_shape) != 1:
+            raise ValueError(f"LayerNorm: normalized_shape is {list(self.normalized_shape)}, must be one dimension")
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = layer_norm(x, self.weight, self.bias, self.eps)
+        return out
+
+
+class SiluAndMul(nn.Module):
+    """`fastops.silu_and_mul`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return silu_and_mul(x)
+
+
+class GeluAndMul(nn.Module):
+    """`fastops.gelu_and_mul`; approximate: "tanh" or "none"."""
+
+    def __init__(self, approximate: str = "tanh") -> None:
+        super().__init__()
+        self.approximate = approximate
+
+    def forward(self, x: Tensor) -> Tensor:
+        return gelu_and_mul(x, approximate=self.approximate)
+
+    def extra_repr(self) -> str:
+        return f"approximate={self.approximate!r}"
+
+
+class LinearCrossEntropy(nn.Module):
+    """`fastops.linear_cross_entropy` with its options; called as loss(x, weight, target, bias=None)."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.options = options
+
+    def forward(self, x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None) -> Tensor:
+        return linear_cross_entropy(x, weight, target, bias, **self.options)

@@ -23,9 +23,9 @@ def norm(x: Any) -> torch.Tensor:
     return F.rms_norm(x[0], x[0].shape[-1:], x[1], EPS)
 
 
-def add_norm(x: Any) -> torch.Tensor:
+def add_norm(x: Any) -> Any:
     x[3].add_(x[0])
-    return x[0].copy_(F.rms_norm(x[3], x[3].shape[-1:], x[1], EPS))
+    return x[0].copy_(F.rms_norm(x[3], x[3].shape[-1:], x[1], EPS)), x[3]
 
 
 def add_norm_anew(x: Any) -> Any:

@@ -206,3 +206,13 @@ def _append(room: Tensor | None, past: Tensor, new: Tensor) -> tuple[Tensor, Ten
             room[..., :n, :].copy_(past)
     room[..., n:end, :].copy_(new)
     return room, room[..., :end, :]
+
+
+def patch(model: torch.nn.Module, **options: Any) -> Any:
+    """Norms, gated MLPs, rotary embedding, attention and (optionally) 4-bit linears of `model` on fastops; reversible.
+
+    See `fastops.integrations.transformers_patch.patch` for the options and the result.
+    """
+    from fastops.integrations.transformers_patch import patch as run
+
+    return run(model, **options)

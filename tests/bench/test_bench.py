@@ -100,12 +100,18 @@ def like(x, shape):
     "case", [c for n in ops.NAMES for c in ops.cases(n, named("tiny"), list(DTYPES))], ids=lambda c: c.label
 )
 def test_candidates_compute_the_same(case):
-    inputs = case.make()
+    def fresh():
+        torch.manual_seed(1)
+        return case.make()
+
+    inputs = fresh()
     with torch.inference_mode():
         want = case.run["fastops"](inputs)
         for name, fn in case.run.items():
             if name in ("fastops", "torch-compile"):
                 continue
+            if case.op == "fused_add_rms_norm":  # overwrites its inputs
+                inputs = fresh()
             got, ours = fn(inputs), want
             if isinstance(ours, tuple):
                 ours, got = ours[0], got[0]
