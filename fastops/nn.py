@@ -13,6 +13,8 @@ from fastops.ops.int4_linear import int4_linear
 from fastops.ops.linear_cross_entropy import linear_cross_entropy
 from fastops.ops.norm import fused_add_rms_norm, layer_norm, rms_norm
 
+_BUFFERS = tuple((n, f"weight_{n}") for n in PARTS)
+
 
 class Int4Linear(nn.Module):
     """nn.Linear with an `Int4Weight`; no gradient for the weight, one for the input.
@@ -44,9 +46,12 @@ class Int4Linear(nn.Module):
     @property
     def weight(self) -> Int4Weight:
         """The weight behind the buffers (rebuilt after they were moved or loaded)."""
-        held = {n: getattr(self, f"weight_{n}") for n in PARTS}
-        if any(held[n] is not getattr(self._weight, n) for n in PARTS):
-            self._weight = Int4Weight(held.pop("codes"), held.pop("scales"), **held)
+        held, kept = self._buffers, self._weight
+        for name, buffer in _BUFFERS:
+            if held[buffer] is not getattr(kept, name):
+                parts = {n: held[b] for n, b in _BUFFERS}
+                self._weight = Int4Weight(parts.pop("codes"), parts.pop("scales"), **parts)  # type: ignore[arg-type]
+                break
         return self._weight
 
     def _set(self, weight: Int4Weight) -> None:

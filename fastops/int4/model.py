@@ -9,12 +9,19 @@ from torch import nn
 
 
 def quantize_model(
-    model: nn.Module, *, skip: tuple[str, ...] = (), activations: str = "float", progress: Any = None, **options: Any
+    model: nn.Module,
+    *,
+    skip: tuple[str, ...] = (),
+    eight: tuple[str, ...] = (),
+    activations: str = "float",
+    progress: Any = None,
+    **options: Any,
 ) -> list[str]:
     """Replaces every nn.Linear of `model` by `Int4Linear`, in place.
 
     Args:
         skip: parts of module names to leave alone, e.g. ("lm_head",).
+        eight: parts of module names to hold in 8 bits (symmetric, rounded to nearest, the same groups) instead of 4.
         progress: called as progress(done, total, name) after each layer.
         options: as in `fastops.int4.quantize`.
 
@@ -36,7 +43,10 @@ def quantize_model(
         for done, (name, linear) in enumerate(found, 1):
             parent, _, child = name.rpartition(".")
             owner = model.get_submodule(parent) if parent else model
-            setattr(owner, child, Int4Linear.from_linear(linear, activations, **options))
+            chosen = options
+            if any(e in name for e in eight):
+                chosen = {**options, "bits": 8, "symmetric": True, "method": "rtn"}
+            setattr(owner, child, Int4Linear.from_linear(linear, activations, **chosen))
             if progress is not None:
                 progress(done, len(found), name)
     return [name for name, _ in found]

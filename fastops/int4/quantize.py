@@ -17,8 +17,9 @@ def quantize(
     symmetric: bool = True,
     method: str = "rtn",
     scale_dtype: torch.dtype | None = None,
+    bits: int = 4,
 ) -> Int4Weight:
-    """A weight [N, K] in 4 bits.
+    """A weight [N, K] in 4 bits, or in 8.
 
     Args:
         w: [N, K], floating point; K a multiple of 8.
@@ -27,6 +28,8 @@ def quantize(
             a whole zero point.
         method: "rtn" rounds to nearest; "mse" tries 20 smaller ranges for each group and keeps the least squared error.
         scale_dtype: of the scales; default w's dtype (fp32 for fp64).
+        bits: 4, or 8: two planes of 4 bits, 16 high + low, whole numbers from -136 to 119 times the scale. For layers
+            that 4 bits would hurt, an output layer say; "rtn" and symmetric only.
 
     Raises:
         ValueError, TypeError: naming the argument, its value and what is allowed.
@@ -46,12 +49,18 @@ def quantize(
         raise ValueError(f"quantize: group_size is {group_size}, must be -1 or a multiple of 8 that divides K = {k}")
     if method not in METHODS:
         raise ValueError(f"quantize: method is {method!r}, allowed: {', '.join(METHODS)}")
+    if bits not in (4, 8):
+        raise ValueError(f"quantize: bits is {bits}, allowed: 4, 8")
+    if bits == 8 and not (symmetric and method == "rtn"):
+        raise ValueError(f"quantize: 8 bits are symmetric and rounded to nearest, got {symmetric=}, {method=}")
     dtype = scale_dtype or (w.dtype if w.dtype in FLOATS else torch.float32)
     if dtype not in FLOATS:
         raise TypeError(f"quantize: scale_dtype is {dtype}, must be float32, float16 or bfloat16")
     if not bool(torch.isfinite(w).all()):
         raise ValueError("quantize: w holds an infinity or a NaN")
     groups = w.detach().float().view(n, k // size, size)
+    if bits == 8:
+        return _eight(groups, dtype)
     best, error = None, torch.full(groups.shape[:2], torch.inf, device=w.device)
     for share in _SHRINK if method == "mse" else _SHRINK[:1]:
         scales, zeros = _range(groups, share, symmetric, dtype)
@@ -70,6 +79,18 @@ def quantize(
     codes, scales, zeros = best
     packed = pack_pairs(codes.view(n, k).to(torch.uint8))
     return Int4Weight(packed, scales, zeros=None if symmetric else zeros)
+
+
+def _eight(groups: Tensor, dtype: torch.dtype) -> Int4Weight:
+    """q = 16 high + low with both from -8 to 7, in two planes whose scales differ by 16."""
+    n, count, size = groups.shape
+    scales = torch.maximum(groups.amax(-1) / 119.0, groups.amin(-1) / -136.0).to(dtype)
+    scales = torch.where(scales == 0, torch.ones_like(scales), scales)
+    q = (groups / scales.float()[..., None]).round().clamp(-136, 119)
+    high = torch.div(q + 8.0, 16.0, rounding_mode="floor")
+    codes = torch.cat((high + 8.0, q - 16.0 * high + 8.0), 1).view(n, 2 * count * size).to(torch.uint8)
+    both = torch.cat((scales * 16.0, scales), 1)
+    return Int4Weight(pack_pairs(codes), both, planes=torch.arange(2, dtype=torch.int32, device=groups.device))
 
 
 def _range(groups: Tensor, share: float, symmetric: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

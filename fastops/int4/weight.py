@@ -12,7 +12,7 @@ from fastops import _ops
 
 BLOCK = 16  # output features that lie together in the packed form
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-PARTS = ("codes", "scales", "zeros", "mins", "perm")
+PARTS = ("codes", "scales", "zeros", "mins", "perm", "planes")
 
 
 def _dtype(t: Tensor) -> str:
@@ -52,13 +52,16 @@ class Int4Weight:
         w[n, k] = (code[n, k] - zeros[n, g]) * scales[n, g]     (zeros absent: 8)
         w[n, k] = code[n, k] * scales[n, g] - mins[n, g]        (mins given)
 
-    with g = k // group_size. With perm, column k belongs to input feature perm[k] (act-order).
+    with g = k // group_size. With perm, column k belongs to input feature perm[k] (act-order). With P planes the codes
+    have P K columns, and those that belong to one feature add up: two planes hold 8-bit weights.
 
     Args:
         codes: uint8 [N, K / 2], feature 2 j in the low nibble of byte j, 2 j + 1 in the high one.
         scales: [N, G] fp32, fp16 or bf16; G divides K / 8.
         zeros, mins: like scales; at most one of them. zeros need not be whole numbers.
         perm: int32 [K], a permutation.
+        planes: None for one, or int32 [P], of which only the length counts (so that it survives any device): all of the
+            above have P K columns then, column k belongs to feature k modulo K, and perm has each feature P times.
 
     Plain tensors behind attributes of the same names: pickle, deepcopy and torch.save work, `state_dict()` and
     `Int4Weight.from_state_dict` name them, `.to(device)` moves them. The packed form is made at first use, not saved.
@@ -69,21 +72,22 @@ class Int4Weight:
 
     def __init__(
         self, codes: Tensor, scales: Tensor, *, zeros: Tensor | None = None, mins: Tensor | None = None,
-        perm: Tensor | None = None,
+        perm: Tensor | None = None, planes: Tensor | None = None,
     ) -> None:  # fmt: skip
         self.codes, self.scales, self.zeros, self.mins, self.perm = codes, scales, zeros, mins, perm
+        self.planes = planes
         self._packed: Packed | None = None
-        _check(self)
+        self._shape = _check(self)
 
     @property
     def shape(self) -> torch.Size:
         """[N, K]."""
-        return torch.Size((self.codes.shape[0], self.codes.shape[1] * 2))
+        return self._shape
 
     @property
     def group_size(self) -> int:
-        """Input features that share a scale."""
-        return self.shape[1] // self.scales.shape[1]
+        """Columns that share a scale."""
+        return 2 * self.codes.shape[1] // self.scales.shape[1]
 
     @property
     def device(self) -> torch.device:
@@ -97,18 +101,18 @@ class Int4Weight:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """[N, K] in the order of the input features, computed in fp32 (fp64 for fp64)."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        n, k = self.shape
+        n, features = self.shape
         q = unpack_pairs(self.codes).to(wide).view(n, self.scales.shape[1], -1)
         scales = self.scales.to(wide)[..., None]
         if self.mins is not None:
             w = q * scales - self.mins.to(wide)[..., None]
         else:
             w = (q - (8.0 if self.zeros is None else self.zeros.to(wide)[..., None])) * scales
-        w = w.view(n, k)
+        w = w.view(n, -1)
         if self.perm is not None:
-            ordered = torch.empty_like(w)
-            ordered[:, self.perm.long()] = w
-            w = ordered
+            w = w.new_zeros(n, features).index_add_(1, self.perm.long(), w)
+        elif self.planes is not None:
+            w = w.view(n, -1, features).sum(1)
         return w.to(dtype)
 
     def packed(self) -> Packed:
@@ -147,11 +151,14 @@ class Int4Weight:
         for name in PARTS:
             setattr(self, name, state.get(name))
         self._packed = None
+        self._shape = _check(self)
 
     def __repr__(self) -> str:
         n, k = self.shape
         kind = "mins" if self.mins is not None else "symmetric" if self.zeros is None else "zeros"
         order = ", act-order" if self.perm is not None else ""
+        if self.planes is not None:
+            order += f", {self.planes.shape[0]} planes"
         return f"Int4Weight([{n}, {k}], group_size={self.group_size}, {kind}{order}, {_dtype(self.scales)} scales)"
 
 
@@ -164,7 +171,8 @@ def _lanes(t: Tensor | None) -> Tensor | None:
     return t.view(-1, BLOCK, g).transpose(1, 2).contiguous()
 
 
-def _check(w: Int4Weight) -> None:
+def _check(w: Int4Weight) -> torch.Size:
+    """[N, K] of a weight that is right."""
     for name in PARTS:
         t = getattr(w, name)
         if t is None and name not in ("codes", "scales"):
@@ -173,12 +181,12 @@ def _check(w: Int4Weight) -> None:
             raise TypeError(f"Int4Weight: {name} must be a tensor, got {type(t).__name__}")
         if isinstance(w.codes, Tensor) and t.device != w.codes.device:
             raise TypeError(f"Int4Weight: {name} is on {t.device}, codes on {w.codes.device}; they must agree")
-        dims = 1 if name == "perm" else 2
+        dims = 1 if name in ("perm", "planes") else 2
         if t.dim() != dims:
             raise ValueError(f"Int4Weight: {name} has shape {list(t.shape)}, must have {dims} dimension(s)")
     if w.codes.dtype != torch.uint8:
         raise TypeError(f"Int4Weight: codes is {_dtype(w.codes)}, must be uint8")
-    n, k = w.shape
+    n, k = w.codes.shape[0], 2 * w.codes.shape[1]
     if k == 0 or k % 8:
         raise ValueError(f"Int4Weight: codes has shape {list(w.codes.shape)}, so K is {k}; must be a multiple of 8")
     for name in ("scales", "zeros", "mins"):
@@ -198,12 +206,20 @@ def _check(w: Int4Weight) -> None:
         t = getattr(w, name)
         if t is not None and t.device.type != "meta" and not bool(torch.isfinite(t).all()):
             raise ValueError(f"Int4Weight: {name} holds an infinity or a NaN")
+    features = k
+    if w.planes is not None:
+        if w.planes.dtype != torch.int32:
+            raise TypeError(f"Int4Weight: planes is {_dtype(w.planes)}, must be int32")
+        planes = w.planes.shape[0]
+        if planes < 1 or k % planes or (k // planes) % 8 or groups % planes:
+            raise ValueError(f"Int4Weight: planes is {planes}; must divide the {groups} groups of {k} columns")
+        features = k // planes
     if w.perm is not None:
         if w.perm.dtype != torch.int32:
             raise TypeError(f"Int4Weight: perm is {_dtype(w.perm)}, must be int32")
         if w.perm.shape[0] != k:
             raise ValueError(f"Int4Weight: perm has {w.perm.shape[0]} entries, must have K = {k}")
-        if w.perm.device.type != "meta" and not torch.equal(
-            w.perm.sort().values, torch.arange(k, dtype=torch.int32, device=w.perm.device)
-        ):
-            raise ValueError(f"Int4Weight: perm is no permutation of 0..{k - 1}")
+        each = torch.arange(features, dtype=torch.int32, device=w.perm.device).repeat_interleave(k // features)
+        if w.perm.device.type != "meta" and not torch.equal(w.perm.sort().values, each):
+            raise ValueError(f"Int4Weight: perm is no permutation of 0..{features - 1}")
+    return torch.Size((n, features))

@@ -26,11 +26,18 @@ def test_pairs():
 
 
 @pytest.mark.parametrize(
-    "parts", [{}, {"zeros": torch.rand(8, 2)}, {"mins": torch.rand(8, 2), "perm": torch.randperm(32).int()}]
+    "parts",
+    [
+        {},
+        {"zeros": torch.rand(8, 2)},
+        {"mins": torch.rand(8, 2), "perm": torch.randperm(32).int()},
+        {"planes": torch.arange(2, dtype=torch.int32)},
+    ],
 )
 def test_survives_copies_and_files(parts):
     w = weight(**parts)
-    x = torch.randn(3, 32)
+    k = 16 if "planes" in parts else 32
+    x = torch.randn(3, k)
     want = fastops.int4_linear(x, w)
     file = io.BytesIO()
     torch.save(w.state_dict(), file)
@@ -41,7 +48,7 @@ def test_survives_copies_and_files(parts):
         Int4Weight.from_state_dict(torch.load(file)),
         w.to("cpu"),
     ):
-        assert other.shape == w.shape == (8, 32)
+        assert other.shape == w.shape == (8, k)
         assert other.state_dict().keys() == w.state_dict().keys()
         assert torch.equal(other.dequantize(), w.dequantize())
         assert torch.equal(fastops.int4_linear(x, other), want)
@@ -73,6 +80,10 @@ S = torch.ones(8, 2)
     (lambda: Int4Weight(C, S, perm=torch.zeros(32, dtype=torch.int32)), ValueError, "perm is no permutation of 0..31"),
     (lambda: Int4Weight(C, S, perm=torch.arange(31, dtype=torch.int32)), ValueError, "perm has 31 entries"),
     (lambda: Int4Weight(C, S, perm=torch.arange(32)), TypeError, "perm is int64, must be int32"),
+    (lambda: Int4Weight(C, S, planes=torch.arange(3).int()), ValueError, "planes is 3; must divide the 2 groups of 32"),
+    (lambda: Int4Weight(C, S, planes=torch.arange(2)), TypeError, "planes is int64, must be int32"),
+    (lambda: quantize(torch.ones(8, 32), 32, bits=5), ValueError, "bits is 5, allowed: 4, 8"),
+    (lambda: quantize(torch.ones(8, 32), 32, False, bits=8), ValueError, "8 bits are symmetric and rounded to nearest"),
     (lambda: Int4Weight(C, 1.0), TypeError, "scales must be a tensor, got float"),
     (lambda: Int4Weight(C, S.to("meta")), TypeError, "scales is on meta, codes on cpu"),
     (lambda: Int4Weight.from_state_dict({"codes": C}), ValueError, "scales is missing"),
@@ -149,3 +160,20 @@ def test_quantize_model():
     assert type(model[3]) is nn.Linear
     assert isinstance(model[2][0], Int4Linear)
     assert model(torch.randn(2, 64)).shape == (2, 64)
+
+
+def test_quantize_model_in_8_bits_where_asked():
+    model = nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 32))
+    x = torch.randn(2, 64)
+    want = model(x)
+    assert quantize_model(model, eight=("1",), group_size=16, symmetric=False) == ["0", "1"]
+    assert model[0].weight.planes is None
+    assert model[1].weight.planes.shape == (2,)
+    assert model[1].weight.shape == (32, 48)
+    assert (model(x) - want).abs().max() < 0.2
+    twin = nn.Sequential(
+        Int4Linear.from_linear(nn.Linear(64, 48), group_size=-1),
+        Int4Linear.from_linear(nn.Linear(48, 32), group_size=-1),
+    )
+    twin.load_state_dict(model.state_dict(), strict=False)
+    assert torch.equal(twin(x), model(x))

@@ -206,7 +206,7 @@ def test_bad_input(call, error, words):
 @pytest.mark.parametrize(("change", "words"), [
     ({"scales": torch.ones(2, 3, 16)}, "scales have 3 groups, must divide K / 8 = 8"),
     ({"scales": torch.ones(3, 2, 16)}, "scales has size 3 in dimension 0, must be 2"),
-    ({"codes": torch.zeros(2, 7, 16, 4, dtype=torch.uint8)}, "codes has size 7 in dimension 1, must be 8"),
+    ({"codes": torch.zeros(2, 7, 16, 4, dtype=torch.uint8)}, "codes have 56 columns, must be x's 64, or several times that"),
     ({"zeros": torch.ones(2, 2, 16).half()}, "zeros must be float32, float16 or bfloat16, all of one dtype"),
     ({"perm": torch.full((64,), 64, dtype=torch.int32)}, "perm[0] is 64, must be from 0 to 63"),
     ({"bias": torch.zeros(23)}, "bias has size 23 in dimension 0, must be 24"),
@@ -221,3 +221,27 @@ def test_the_operator_refuses(change, words):
     with pytest.raises(RuntimeError) as caught:
         _ops.ops.int4_linear(**{**call, **change})
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("mode", ["float", "int8"])
+@pytest.mark.parametrize("m", [1, 3, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_two_planes_are_8_bit_weights(isa, mode, m, dtype):
+    w = torch.randn(40, 96)
+    q = fastops.int4.quantize(w, 32, bits=8)
+    assert q.shape == (40, 96)
+    assert (q.dequantize() - w).abs().max() <= (w.abs().amax() / 119) * 0.51
+    for weight in (q, shuffled(q)):
+        check(torch.randn(m, 96).to(dtype), weight, None, mode)
+
+
+def shuffled(q):
+    """The same weight with its columns in another order, planes and all (groups of 8, each moved as one)."""
+    codes = fastops.int4.unpack_pairs(q.codes)
+    scales = q.scales.repeat_interleave(4, 1)
+    order = torch.randperm(codes.shape[1] // 8)
+    columns = (order[:, None] * 8 + torch.arange(8)).flatten()
+    return fastops.Int4Weight(
+        fastops.int4.pack_pairs(codes[:, columns]), scales[:, order].contiguous(), planes=q.planes,
+        perm=(columns % q.shape[1]).int(),
+    )  # fmt: skip

@@ -83,12 +83,18 @@ fastops_status check(const fastops_int4_linear_desc& d, Int4Params* p, char* mes
   fastops_status status = check_rows("x", d.x, message);
   if (status == FASTOPS_OK) status = check_rows("out", d.out, message);
   if (status != FASTOPS_OK) return status;
-  const int64_t M = d.x.size[0], K = d.x.size[1], N = d.out.size[1], blocks = (N + kInt4Block - 1) / kInt4Block;
+  const int64_t M = d.x.size[0], features = d.x.size[1], N = d.out.size[1], blocks = (N + kInt4Block - 1) / kInt4Block;
+  const int64_t K = d.codes.ndim == 4 && d.codes.size[1] > 0 ? d.codes.size[1] * 8 : features;
+  const int64_t planes = features > 0 ? K / features : 0;
   if (d.out.dtype != d.x.dtype && d.out.dtype != FASTOPS_F32)
     REFUSE(FASTOPS_ERR_TYPE, "int4_linear: out must have x's dtype or float32");
   if (d.out.size[0] != M)
     REFUSE(FASTOPS_ERR_VALUE, "int4_linear: out has %lld rows, x has %lld", Int{d.out.size[0]}, Int{M});
-  if (K == 0 || K % 8 != 0) REFUSE(FASTOPS_ERR_VALUE, "int4_linear: K is %lld, must be a multiple of 8", Int{K});
+  if (features == 0 || features % 8 != 0)
+    REFUSE(FASTOPS_ERR_VALUE, "int4_linear: K is %lld, must be a multiple of 8", Int{features});
+  if (planes < 1 || K % features != 0 || K > INT32_MAX)
+    REFUSE(FASTOPS_ERR_VALUE, "int4_linear: codes have %lld columns, must be x's %lld, or several times that", Int{K},
+           Int{features});
   if (d.codes.dtype != FASTOPS_U8) REFUSE(FASTOPS_ERR_TYPE, "int4_linear: codes must be uint8");
   const int64_t codes_size[4] = {blocks, K / 8, kInt4Block, 4};
   status = check_dense(op, "codes", d.codes, 4, codes_size, message);
@@ -97,6 +103,9 @@ fastops_status check(const fastops_int4_linear_desc& d, Int4Params* p, char* mes
   if (groups < 1 || K / 8 % groups != 0)
     REFUSE(FASTOPS_ERR_VALUE, "int4_linear: scales have %lld groups, must divide K / 8 = %lld", Int{groups},
            Int{K / 8});
+  if (groups % planes != 0)
+    REFUSE(FASTOPS_ERR_VALUE, "int4_linear: scales have %lld groups, must be a multiple of the %lld planes of codes",
+           Int{groups}, Int{planes});
   const int64_t scales_size[3] = {blocks, groups, kInt4Block};
   const struct {
     const char* name;
@@ -116,8 +125,9 @@ fastops_status check(const fastops_int4_linear_desc& d, Int4Params* p, char* mes
     if (status != FASTOPS_OK) return status;
     for (int64_t k = 0; k < K; ++k) {
       const int32_t at = static_cast<const int32_t*>(d.perm.data)[k];
-      if (at < 0 || at >= K)
-        REFUSE(FASTOPS_ERR_VALUE, "int4_linear: perm[%lld] is %d, must be from 0 to %lld", Int{k}, at, Int{K - 1});
+      if (at < 0 || at >= features)
+        REFUSE(FASTOPS_ERR_VALUE, "int4_linear: perm[%lld] is %d, must be from 0 to %lld", Int{k}, at,
+               Int{features - 1});
     }
   }
   if (given(d.bias)) {
@@ -129,6 +139,7 @@ fastops_status check(const fastops_int4_linear_desc& d, Int4Params* p, char* mes
   p->M = M;
   p->N = N;
   p->K = K;
+  p->features = features;
   p->groups = groups;
   p->group = K / groups;
   p->x = static_cast<const char*>(d.x.data);

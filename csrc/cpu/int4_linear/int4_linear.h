@@ -13,7 +13,8 @@ constexpr int kInt4RowBlock = 256;  // rows of x at a time: panels are expanded 
 constexpr int kInt4Wide = 4;        // panels of an item where rows are many: they share the rows they read
 
 struct Int4Params {
-  int64_t M, N, K, groups, group;  // group: input features that share a scale
+  int64_t M, N, K, groups, group;  // K: columns of the codes; group: those that share a scale
+  int64_t features;                // columns of x: K, or K / planes
   const char* x;
   int64_t x_sm;
   int32_t dtype;
@@ -23,7 +24,7 @@ struct Int4Params {
   const uint8_t* codes;               // [N / 16][K / 8][16][4]
   const char *scales, *zeros, *mins;  // [N / 16][groups][16]; at most one of zeros and mins
   int32_t scale_dtype;
-  const int32_t* perm;  // [K]: column k of the weight belongs to feature perm[k] of x
+  const int32_t* perm;  // [K]: column k belongs to feature perm[k] of x; without it to feature k % features
   const float* bias;
   bool int8;
   // Filled by the C API inside the workspace: x as the kernels read it.

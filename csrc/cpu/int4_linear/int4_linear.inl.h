@@ -47,7 +47,8 @@ Mode mode_of(const Int4Params& p) {
 
 int64_t row_bytes(const Int4Params& p) {
   const Mode mode = mode_of(p);
-  if (mode == Mode::f32 && p.M <= kInt4StreamRows && p.dtype == FASTOPS_F32 && p.perm == nullptr) return 0;
+  if (mode == Mode::f32 && p.M <= kInt4StreamRows && p.dtype == FASTOPS_F32 && p.perm == nullptr && p.K == p.features)
+    return 0;
   const int64_t lines = (p.K * (mode == Mode::int8 ? 1 : mode == Mode::bf16 ? 2 : 4) + 63) / 64;
   return (lines | 1) * 64;
 }
@@ -65,7 +66,7 @@ void read_features(const Int4Params& p, int64_t row, int64_t k, int n, float* to
     return;
   }
   const auto convert = [&](const auto* x) FASTOPS_LAMBDA {
-    x += row * p.x_sm + k;
+    x += row * p.x_sm + k % p.features;  // a group lies in one plane
     int i = 0;
     for (; i + W <= n; i += W) vstore(to + i, vload(x + i));
     if (i < n) vstoren(to + i, vloadn(x + i, n - i), n - i);
@@ -84,8 +85,9 @@ void prepare(const Int4Params& p, int64_t row) {
   const auto chunk = [](int64_t at, int64_t end) { return static_cast<int>(end - at < kChunk ? end - at : kChunk); };
   if (mode == Mode::int8) {  // x = row_scale * code, |code| <= 127. A row with an inf or NaN becomes NaN.
     vf top = vzero(), poison = vzero();
-    for (int64_t k = 0; k < p.K; k += kChunk) {
-      const int n = chunk(k, p.K);
+    const int64_t columns = p.perm ? p.K : p.features;  // planes read the same again
+    for (int64_t k = 0; k < columns; k += kChunk) {
+      const int n = chunk(k, columns);
       read_features(p, row, k, n, buffer);
       for (int i = 0; i < n; i += W) {
         const vf v = n - i >= W ? vload(buffer + i) : vloadn(buffer + i, n - i);

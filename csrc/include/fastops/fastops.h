@@ -182,21 +182,23 @@ FASTOPS_API fastops_status fastops_merge_states(const fastops_merge_states_desc*
  * with it as [ceil(N / 16), groups, 16], anything in the places behind feature N. */
 FASTOPS_API fastops_status fastops_int4_pack(const fastops_tensor* codes, const fastops_tensor* packed, char* message);
 
-/* out[m,n] = sum_k x[m,perm[k]] w[n,k] + bias[n] with, in group g = k / (K / groups),
+/* out[m,n] = sum_k x[m,perm[k]] w[n,k] + bias[n] with, in group g = k / (K / groups),  K: columns of the codes
  *   w[n,k] = (code - zeros[n,g]) scales[n,g]    zeros given; without it 8
  *   w[n,k] = code scales[n,g] - mins[n,g]       mins given
+ * The codes may have P times as many columns as x, P planes that add up: column k belongs to feature k modulo x's
+ * columns. Two planes, one of them with 16 times the other's scales, are 8-bit weights.
  * int8 = 0: x as it is, sums in fp32. int8 = 1: each row of x is rounded to int8 (absmax / 127) and products are
  * integer. */
 typedef struct fastops_int4_linear_desc {
   uint32_t struct_size;
   int32_t int8;
-  fastops_tensor x;      /* [M, K] fp32, fp16, bf16; K a multiple of 8 */
+  fastops_tensor x;      /* [M, K / P] fp32, fp16, bf16; K / P a multiple of 8 */
   fastops_tensor out;    /* [M, N] x's dtype, or fp32 */
-  fastops_tensor codes;  /* packed */
-  fastops_tensor scales; /* [ceil(N / 16), groups, 16] fp32, fp16, bf16; groups divides K / 8 */
+  fastops_tensor codes;  /* packed, K columns */
+  fastops_tensor scales; /* [ceil(N / 16), groups, 16] fp32, fp16, bf16; groups divides K / 8, P divides groups */
   fastops_tensor zeros;  /* optional, like scales */
   fastops_tensor mins;   /* optional, like scales; not with zeros */
-  fastops_tensor perm;   /* optional int32 [K], each from 0 to K - 1 */
+  fastops_tensor perm;   /* optional int32 [K], each from 0 to K / P - 1 */
   fastops_tensor bias;   /* optional fp32 [N] */
 } fastops_int4_linear_desc;
 
