@@ -61,6 +61,10 @@ def main(argv: list[str] | None = None) -> int:
 
         return demo.main(rest)
     if command == "bench":
+        if rest[:1] == ["model"]:
+            from fastops.bench.model import main as model
+
+            return model(rest[1:])
         from fastops.bench.run import main as bench
 
         return bench(rest)

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -100,17 +101,18 @@ def show(text: str) -> None:
         print(f"\r\x1b[K  {text}" if text else "\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
-def in_four_bits(model: Any) -> Any:
-    """A copy with every linear layer, the output layer included, as 4-bit codes: groups of 32 rounded to nearest, int8
-    activations (`fastops.int4.quantize_model`)."""
+def quantised(model: Any, bits: int) -> Any:
+    """A copy whose linear layers, the output layer included, have 4 or 8 bits: groups of 32 rounded to nearest, int8
+    activations but for the inputs of down_proj, whose outliers would cost quality (`fastops.int4.quantize_model`)."""
     from fastops.int4 import quantize_model
 
     def progress(done: int, total: int, name: str) -> None:
-        show(f"to 4 bits: layer {done}/{total}")
+        show(f"to {bits} bits: layer {done}/{total}")
 
     model = copy.deepcopy(model)
     options: dict[str, Any] = {"group_size": 32, "symmetric": False, "scale_dtype": torch.float16}
-    quantize_model(model, activations="int8", progress=progress, **options)
+    options.update(activations="int8", float_activations=("down_proj",))
+    quantize_model(model, eight=("",) if bits == 8 else (), progress=progress, **options)
     return model
 
 
@@ -153,14 +155,16 @@ def verdict(ratios: list[float]) -> str:
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="fastops demo",
-        description="Generates text with Gemma 3 270M: plain transformers (sdpa attention) and with fastops.",
+        description="Generates text with Gemma 3 270M: plain transformers, and the same model patched with fastops.",
     )
     p.add_argument("--prompt", help="your own text (default: a long text written for this demo)")
     p.add_argument("--prompt-tokens", type=int, default=3000, help="length of the default prompt (default 3000)")
     p.add_argument("--tokens", type=int, default=48, help="tokens to generate (default 48)")
     p.add_argument("--repeats", type=int, default=3, help="timed repetitions, alternating (default 3)")
     p.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
-    p.add_argument("--int4", action="store_true", help="the side with fastops has its linear layers in 4 bits, too")
+    bits = p.add_mutually_exclusive_group()
+    bits.add_argument("--int4", action="store_true", help="the side with fastops has its linear layers in 4 bits")
+    bits.add_argument("--int8", action="store_true", help="... in 8 bits, which costs the model no quality")
     p.add_argument("--threads", type=int, help="threads for torch and fastops (default: torch's)")
     return p
 
@@ -174,12 +178,12 @@ def main(argv: list[str] | None = None) -> int:
     folder = prepared_folder()
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     model, tokenizer = load(folder, dtype)
-    quantised = in_four_bits(model) if args.int4 else model
+    bits = 4 if args.int4 else 8 if args.int8 else 0
+    other = quantised(model, bits) if bits else model
     from transformers import DynamicCache
 
-    from fastops.integrations.transformers import growing_cache, register
+    from fastops.integrations.transformers import growing_cache, patch
 
-    register()
     ids = (
         tokenizer(args.prompt, return_tensors="pt")["input_ids"]
         if args.prompt
@@ -187,19 +191,19 @@ def main(argv: list[str] | None = None) -> int:
     )
     n = ids.shape[1]
     print(f"Gemma 3 270M, {args.dtype}, {torch.get_num_threads()} threads: {n} prompt tokens, {args.tokens} new ones")
-    sides: dict[str, tuple[Any, str, Callable[[], Any]]] = {
-        "transformers": (model, "sdpa", lambda: DynamicCache(config=model.config)),
-        "with fastops": (quantised, "fastops", lambda: growing_cache(model.config)),
+    sides: dict[str, tuple[Any, Callable[[], Any], Callable[[], Any]]] = {
+        "transformers": (model, nullcontext, lambda: DynamicCache(config=model.config)),
+        "with fastops": (other, lambda: patch(other), lambda: growing_cache(model.config)),
     }
     prompt_s: dict[str, list[float]] = {s: [] for s in sides}
     write_s: dict[str, list[float]] = {s: [] for s in sides}
     texts: dict[str, str] = {}
     for repeat in range(args.repeats + 1):  # the first, unmeasured, warms caches and allocators
-        for side, (runner, implementation, cache) in sides.items():
+        for side, (runner, prepare, cache) in sides.items():
             label = "warm-up" if repeat == 0 else f"run {repeat}/{args.repeats}"
             show(f"{label}: {side}")
-            runner.set_attn_implementation(implementation)
-            tokens, prompt, write = timed_run(runner, ids, args.tokens if repeat else 4, cache())
+            with prepare():
+                tokens, prompt, write = timed_run(runner, ids, args.tokens if repeat else 4, cache())
             if repeat:
                 prompt_s[side].append(prompt)
                 write_s[side].append(write)
@@ -207,14 +211,14 @@ def main(argv: list[str] | None = None) -> int:
     show("")
     for side in sides:
         p, w = statistics.median(prompt_s[side]), statistics.median(write_s[side])
-        extra = ", linear layers: 4 bits" if sides[side][0] is not model else ""
-        print(f"\n{side} (attention: {sides[side][1]}{extra})")
+        extra = f" (linear layers: {bits} bits)" if sides[side][0] is not model else ""
+        print(f"\n{side}{extra}")
         print(f"  prompt {n / p:8.1f} tokens/s   generation {(args.tokens - 1) / w:6.1f} tokens/s")
         print("  " + texts[side].strip().replace("\n", "\n  "))
     a, b = sides
     print(f"\nprompt:     {verdict([x / y for x, y in zip(prompt_s[a], prompt_s[b], strict=True)])}")
     print(f"generation: {verdict([x / y for x, y in zip(write_s[a], write_s[b], strict=True)])}")
-    why = "4-bit weights are another model" if args.int4 else "rounding decides close calls"
+    why = f"{bits}-bit weights are another model" if bits else "rounding decides close calls"
     same = "the same" if texts[a] == texts[b] else f"different ({why})"
     print(f"texts:      {same}")
     if args.int4:

@@ -1,13 +1,15 @@
-"""Quantising a weight to 4 bits: round to nearest, and scales searched for the least squared error."""
+"""Quantising a weight to 4 bits: round to nearest, scales searched for the least squared error, or errors compensated
+with calibration data."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from fastops.int4.gptq import compensate
 from fastops.int4.weight import FLOATS, Int4Weight, pack_pairs
 
-METHODS = ("rtn", "mse")
+METHODS = ("rtn", "mse", "gptq")
 _SHRINK = [1.0 - 0.025 * i for i in range(20)]  # of the full range: 1 .. 0.525
 
 
@@ -18,6 +20,7 @@ def quantize(
     method: str = "rtn",
     scale_dtype: torch.dtype | None = None,
     bits: int = 4,
+    hessian: Tensor | None = None,
 ) -> Int4Weight:
     """A weight [N, K] in 4 bits, or in 8.
 
@@ -26,10 +29,13 @@ def quantize(
         group_size: input features that share a scale: -1 (all) or a multiple of 8 that divides K.
         symmetric: codes stand for -8 .. 7 times the scale (scale = 2 absmax / 15, as GPTQ's); else for min .. max with
             a whole zero point.
-        method: "rtn" rounds to nearest; "mse" tries 20 smaller ranges for each group and keeps the least squared error.
+        method: "rtn" rounds to nearest; "mse" tries 20 smaller ranges for each group and keeps the least squared error;
+            "gptq" rounds column by column and makes up for each error in the columns to come, so that the layer's
+            output on the calibration data changes least (GPTQ, arXiv:2210.17323). Needs hessian.
         scale_dtype: of the scales; default w's dtype (fp32 for fp64).
         bits: 4, or 8: two planes of 4 bits, 16 high + low, whole numbers from -136 to 119 times the scale. For layers
             that 4 bits would hurt, an output layer say; "rtn" and symmetric only.
+        hessian: [K, K], the sum of x x^T over the layer's inputs x (`quantize_model` gathers it); for "gptq" only.
 
     Raises:
         ValueError, TypeError: naming the argument, its value and what is allowed.
@@ -53,6 +59,10 @@ def quantize(
         raise ValueError(f"quantize: bits is {bits}, allowed: 4, 8")
     if bits == 8 and not (symmetric and method == "rtn"):
         raise ValueError(f"quantize: 8 bits are symmetric and rounded to nearest, got {symmetric=}, {method=}")
+    if (hessian is not None) != (method == "gptq"):
+        raise ValueError(f"quantize: method 'gptq' and a hessian go together, got method {method!r}")
+    if hessian is not None and list(hessian.shape) != [k, k]:
+        raise ValueError(f"quantize: hessian has shape {list(hessian.shape)}, must be [{k}, {k}]")
     dtype = scale_dtype or (w.dtype if w.dtype in FLOATS else torch.float32)
     if dtype not in FLOATS:
         raise TypeError(f"quantize: scale_dtype is {dtype}, must be float32, float16 or bfloat16")
@@ -61,6 +71,12 @@ def quantize(
     groups = w.detach().float().view(n, k // size, size)
     if bits == 8:
         return _eight(groups, dtype)
+    if hessian is not None:
+        if not bool(torch.isfinite(hessian).all()):
+            raise ValueError("quantize: hessian holds an infinity or a NaN")
+        codes, scales, zeros = compensate(groups, hessian, lambda group: _range(group, 1.0, symmetric, dtype))
+        packed = pack_pairs(codes.view(n, k).to(torch.uint8))
+        return Int4Weight(packed, scales.contiguous(), zeros=None if symmetric else zeros.contiguous())
     best, error = None, torch.full(groups.shape[:2], torch.inf, device=w.device)
     for share in _SHRINK if method == "mse" else _SHRINK[:1]:
         scales, zeros = _range(groups, share, symmetric, dtype)

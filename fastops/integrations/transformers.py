@@ -22,7 +22,9 @@ _TESTED = (5, 0)  # the oldest major, minor this adapter is written for
 
 
 def register(name: str = NAME) -> str:
-    """Makes ``attn_implementation=name`` known to transformers; safe to call again. Returns the name.
+    """Makes ``attn_implementation=name`` known to transformers, and `FastopsInt4Config`'s method; safe to call again.
+
+    Returns the name.
 
     Raises:
         ImportError: transformers is missing or older than 5.0.
@@ -40,7 +42,18 @@ def register(name: str = NAME) -> str:
     from transformers.masking_utils import AttentionMaskInterface
 
     AttentionMaskInterface.register(name, attention_mask)
+    import fastops.integrations.transformers_quantizer  # noqa: F401  (registers FastopsInt4Config's method)
+
     return name
+
+
+def __getattr__(name: str) -> Any:
+    if name == "FastopsInt4Config":
+        register()
+        from fastops.integrations.transformers_quantizer import FastopsInt4Config
+
+        return FastopsInt4Config
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def attention_mask(
