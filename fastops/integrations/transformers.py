@@ -53,6 +53,10 @@ def __getattr__(name: str) -> Any:
         from fastops.integrations.transformers_quantizer import FastopsInt4Config
 
         return FastopsInt4Config
+    if name == "Decoder":
+        from fastops.integrations.transformers_decode import Decoder
+
+        return Decoder
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -7,37 +7,10 @@ import torch
 
 T = pytest.importorskip("transformers")
 
+from families import CONFIGS, IDS, SMALL, model_of  # noqa: E402
+
 from fastops.integrations.transformers import growing_cache, patch  # noqa: E402
 from fastops.nn import Int4Linear  # noqa: E402
-
-SMALL = {
-    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "vocab_size": 128, "max_position_embeddings": 256, "pad_token_id": 0,
-}  # fmt: skip
-SLIDES = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
-CONFIGS = {
-    "llama": lambda: T.LlamaConfig(**SMALL),
-    "mistral": lambda: T.MistralConfig(**SMALL, sliding_window=8),
-    "qwen2": lambda: T.Qwen2Config(**SMALL, use_sliding_window=True, **SLIDES),
-    "qwen3": lambda: T.Qwen3Config(**SMALL, head_dim=24),
-    "gemma3": lambda: T.Gemma3TextConfig(**SMALL, head_dim=16, **SLIDES),
-    "phi3": lambda: T.Phi3Config(**SMALL),
-    "phi3-partial": lambda: T.Phi3Config(**SMALL, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}),
-}  # fmt: skip
-
-
-def model_of(name, dtype=torch.float32):
-    torch.manual_seed(0)
-    model = T.AutoModelForCausalLM.from_config(CONFIGS[name](), attn_implementation="sdpa").to(dtype).eval()
-    for p in model.parameters():
-        if p.dim() == 2:
-            p.data.mul_(3.0)
-        else:
-            p.data.add_(torch.rand_like(p) * 0.3)
-    return model
-
-
-IDS = torch.randint(3, 128, (3, 21), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
