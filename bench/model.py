@@ -11,7 +11,6 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -40,13 +39,15 @@ class Runner(Protocol):
 
 @dataclass(slots=True)
 class Torch:
-    """A transformers model."""
+    """A transformers model by transformers' own forward."""
 
     model: Any
-    cache: Callable[[Any], Any]
 
     def run(self, prompt: list[int], tokens: int) -> tuple[float, float]:
-        _, first, rest = demo.timed_run(self.model, torch.tensor([prompt]), tokens + 1, self.cache(self.model.config))
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=self.model.config)
+        _, first, rest = demo.timed_run(self.model, torch.tensor([prompt]), tokens + 1, cache)
         return first, rest
 
     def loss(self, window: list[int]) -> float:
@@ -55,6 +56,21 @@ class Torch:
         with torch.inference_mode():
             logits = self.model(ids, logits_to_keep=len(window) - half + 1).logits[0, :-1].float()
         return torch.nn.functional.cross_entropy(logits, ids[0, half:]).item()
+
+
+class Ours(Torch):
+    """The same model in few bits by fastops' Decoder; patched for the losses."""
+
+    def __init__(self, model: Any, context: int) -> None:
+        from fastops.integrations.transformers import Decoder, patch
+
+        super().__init__(model)
+        patch(model)
+        self.decoder = Decoder(model, max_length=context)
+
+    def run(self, prompt: list[int], tokens: int) -> tuple[float, float]:
+        _, first, rest = demo.decoder_run(self.decoder, torch.tensor([prompt]), tokens + 1)
+        return first, rest
 
 
 class LlamaCpp:
@@ -111,23 +127,17 @@ def text() -> str:
 
 def runners(names: list[str], context: int) -> dict[str, Runner]:
     """The candidates by name; what cannot run is named and left out."""
-    from transformers import DynamicCache
-
-    from fastops.integrations.transformers import growing_cache, patch
-
     out: dict[str, Runner] = {}
     model, _ = demo.load(demo.prepared_folder(), torch.float32)
     for name in names:
         demo.show(f"preparing {name}")
         if name in OURS:
-            twin = demo.quantised(model, 8 if name.endswith("8") else 4)
-            patch(twin)
-            out[name] = Torch(twin, growing_cache)
+            out[name] = Ours(demo.quantised(model, 8 if name.endswith("8") else 4), context)
         elif name == "transformers":
-            out[name] = Torch(copy.deepcopy(model), lambda config: DynamicCache(config=config))
+            out[name] = Torch(copy.deepcopy(model))
         elif name == "transformers-bf16":
             half, _ = demo.load(demo.prepared_folder(), torch.bfloat16)
-            out[name] = Torch(half, lambda config: DynamicCache(config=config))
+            out[name] = Torch(half)
         elif find_spec("llama_cpp"):
             out[name] = LlamaCpp(gguf_file(), context)
         else:
@@ -151,7 +161,7 @@ def perplexities(found: dict[str, Runner], windows: list[list[int]]) -> dict[str
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="fastops bench model",
-        description="Gemma 3 270M end to end: patched transformers with 8- or 4-bit weights against plain transformers "
+        description="Gemma 3 270M end to end: fastops with 8- or 4-bit weights against plain transformers "
         "and llama.cpp (Q4_K_M), interleaved.",
     )
     p.add_argument("--compare", default="transformers,transformers-bf16,llama.cpp", help=f"of {', '.join(RIVALS)}")

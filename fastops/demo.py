@@ -14,7 +14,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +131,19 @@ def timed_run(model: Any, ids: torch.Tensor, tokens: int, cache: Any) -> tuple[l
     return written, first - start, end - first
 
 
+def decoder_run(decoder: Any, ids: torch.Tensor, tokens: int) -> tuple[list[int], float, float]:
+    """`timed_run` by a `fastops.integrations.transformers.Decoder`."""
+    decoder.reset()
+    start = time.perf_counter()
+    token = decoder.step(ids).argmax(-1)
+    first = time.perf_counter()
+    written = [int(token)]
+    for _ in range(tokens - 1):
+        token = decoder.step(token[:, None]).argmax(-1)
+        written.append(int(token))
+    return written, first - start, time.perf_counter() - first
+
+
 def long_prompt(tokenizer: Any, length: int) -> torch.Tensor:
     """`length` tokens: our text again and again, then the question."""
     text = tokenizer(PROMPT, add_special_tokens=False)["input_ids"]
@@ -155,7 +167,7 @@ def verdict(ratios: list[float]) -> str:
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="fastops demo",
-        description="Generates text with Gemma 3 270M: plain transformers, and the same model patched with fastops.",
+        description="Generates text with Gemma 3 270M: plain transformers, and the same model on fastops.",
     )
     p.add_argument("--prompt", help="your own text (default: a long text written for this demo)")
     p.add_argument("--prompt-tokens", type=int, default=3000, help="length of the default prompt (default 3000)")
@@ -182,7 +194,7 @@ def main(argv: list[str] | None = None) -> int:
     other = quantised(model, bits) if bits else model
     from transformers import DynamicCache
 
-    from fastops.integrations.transformers import growing_cache, patch
+    from fastops.integrations.transformers import Decoder
 
     ids = (
         tokenizer(args.prompt, return_tensors="pt")["input_ids"]
@@ -191,19 +203,19 @@ def main(argv: list[str] | None = None) -> int:
     )
     n = ids.shape[1]
     print(f"Gemma 3 270M, {args.dtype}, {torch.get_num_threads()} threads: {n} prompt tokens, {args.tokens} new ones")
-    sides: dict[str, tuple[Any, Callable[[], Any], Callable[[], Any]]] = {
-        "transformers": (model, nullcontext, lambda: DynamicCache(config=model.config)),
-        "with fastops": (other, lambda: patch(other), lambda: growing_cache(model.config)),
+    decoder = Decoder(other, max_length=n + args.tokens)
+    sides: dict[str, Callable[[int], tuple[list[int], float, float]]] = {
+        "transformers": lambda tokens: timed_run(model, ids, tokens, DynamicCache(config=model.config)),
+        "with fastops": lambda tokens: decoder_run(decoder, ids, tokens),
     }
     prompt_s: dict[str, list[float]] = {s: [] for s in sides}
     write_s: dict[str, list[float]] = {s: [] for s in sides}
     texts: dict[str, str] = {}
     for repeat in range(args.repeats + 1):  # the first, unmeasured, warms caches and allocators
-        for side, (runner, prepare, cache) in sides.items():
+        for side, run in sides.items():
             label = "warm-up" if repeat == 0 else f"run {repeat}/{args.repeats}"
             show(f"{label}: {side}")
-            with prepare():
-                tokens, prompt, write = timed_run(runner, ids, args.tokens if repeat else 4, cache())
+            tokens, prompt, write = run(args.tokens if repeat else 4)
             if repeat:
                 prompt_s[side].append(prompt)
                 write_s[side].append(write)
@@ -211,7 +223,7 @@ def main(argv: list[str] | None = None) -> int:
     show("")
     for side in sides:
         p, w = statistics.median(prompt_s[side]), statistics.median(write_s[side])
-        extra = f" (linear layers: {bits} bits)" if sides[side][0] is not model else ""
+        extra = f" (linear layers: {bits} bits)" if bits and side == "with fastops" else ""
         print(f"\n{side}{extra}")
         print(f"  prompt {n / p:8.1f} tokens/s   generation {(args.tokens - 1) / w:6.1f} tokens/s")
         print("  " + texts[side].strip().replace("\n", "\n  "))
