@@ -39,7 +39,9 @@ _PAGED = (
 _PAIR = ", bool return_lse=False) -> (Tensor, Tensor)"
 _GRADIENTS = "Tensor dout, Tensor? dlse, Tensor out, Tensor lse, "
 _FOUR = ") -> (Tensor, Tensor, Tensor, Tensor)"
-_INT4 = "Tensor? zeros=None, Tensor? mins=None, Tensor? perm=None, Tensor? bias=None, *, bool int8=False"
+_INT4 = (
+    "Tensor? zeros=None, Tensor? mins=None, Tensor? perm=None, Tensor? bias=None, *, bool int8=False, bool eight=False"
+)
 _AFFINE = "float eps=1e-6, *, float weight_offset=0.0"
 _ROPE = (
     "Tensor q, Tensor? k, Tensor cos, Tensor sin, *, Tensor? positions=None, bool interleaved=False, bool inverse=False"

@@ -17,10 +17,11 @@ Tensor int4_pack(Tensor codes) {
 }
 
 void run(const Tensor& x, const Tensor& codes, const Tensor& scales, const OptTensor& zeros, const OptTensor& mins,
-         const OptTensor& perm, const OptTensor& bias, bool int8, const Tensor& out) {
+         const OptTensor& perm, const OptTensor& bias, bool int8, bool eight, const Tensor& out) {
   fastops_int4_linear_desc d{};
   d.struct_size = sizeof d;
   d.int8 = int8;
+  d.eight = eight;
   d.x = view(x, "x");
   d.out = view(out, "out");
   d.codes = view(codes, "codes");
@@ -34,17 +35,17 @@ void run(const Tensor& x, const Tensor& codes, const Tensor& scales, const OptTe
 }
 
 Tensor int4_linear(Tensor x, Tensor codes, Tensor scales, int64_t n, OptTensor zeros, OptTensor mins, OptTensor perm,
-                   OptTensor bias, bool int8) {
+                   OptTensor bias, bool int8, bool eight) {
   const int64_t size[2] = {x.dim() > 0 ? x.size(0) : 0, n};
   if (n < 0) raise(FASTOPS_ERR_VALUE, "int4_linear: n is negative");
   Tensor out = empty(size, 2, scalar_type(x));
-  run(x, codes, scales, zeros, mins, perm, bias, int8, out);
+  run(x, codes, scales, zeros, mins, perm, bias, int8, eight, out);
   return out;
 }
 
 void int4_linear_out(Tensor x, Tensor codes, Tensor scales, OptTensor zeros, OptTensor mins, OptTensor perm,
-                     OptTensor bias, bool int8, Tensor out) {
-  run(x, codes, scales, zeros, mins, perm, bias, int8, out);
+                     OptTensor bias, bool int8, bool eight, Tensor out) {
+  run(x, codes, scales, zeros, mins, perm, bias, int8, eight, out);
 }
 
 }  // namespace

@@ -11,7 +11,8 @@
   "Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, Tensor? cu_seqlens_q=None, *, " TAIL
 #define RETURNS ", bool return_lse=False) -> (Tensor, Tensor)"
 #define GRADIENTS ") -> (Tensor, Tensor, Tensor, Tensor)"
-#define INT4 "Tensor? zeros=None, Tensor? mins=None, Tensor? perm=None, Tensor? bias=None, *, bool int8=False"
+#define INT4 \
+  "Tensor? zeros=None, Tensor? mins=None, Tensor? perm=None, Tensor? bias=None, *, bool int8=False, bool eight=False"
 #define AFFINE "float eps=1e-6, *, float weight_offset=0.0"
 #define ROPE \
   "Tensor q, Tensor? k, Tensor cos, Tensor sin, *, Tensor? positions=None, bool interleaved=False, bool inverse=False"

@@ -44,6 +44,7 @@ class Packed:
     scales: Tensor
     zeros: Tensor | None
     mins: Tensor | None
+    eight: bool  # two planes are 16 high + low of 8-bit codes
 
 
 class Int4Weight:
@@ -120,7 +121,13 @@ class Int4Weight:
         if self._packed is None:
             scales = _lanes(self.scales)
             assert scales is not None
-            self._packed = Packed(_ops.ops.int4_pack(self.codes), scales, _lanes(self.zeros), _lanes(self.mins))
+            eight = self.planes is not None and self.planes.shape[0] == 2
+            if eight and self.zeros is None and self.mins is None and self.perm is None:
+                high, low = self.scales.chunk(2, 1)
+                eight = bool((high == 16.0 * low).all())
+            else:
+                eight = False
+            self._packed = Packed(_ops.ops.int4_pack(self.codes), scales, _lanes(self.zeros), _lanes(self.mins), eight)
         return self._packed
 
     def to(self, device: Any) -> Int4Weight:

@@ -108,7 +108,7 @@ def _joined(weights: list[Int4Weight]) -> Int4Weight | None:
 def _int4(weight: Int4Weight, bias: Tensor | None, int8: bool) -> Map:
     packed, n, run = weight.packed(), weight.shape[0], _ops.ops.int4_linear.default
     codes, scales, perm = packed.codes, packed.scales, weight.perm
-    options = {"zeros": packed.zeros, "mins": packed.mins, "bias": bias, "int8": int8}
+    options = {"zeros": packed.zeros, "mins": packed.mins, "bias": bias, "int8": int8, "eight": packed.eight}
     return lambda x: run(x, codes, scales, n, perm=perm, **options)
 
 

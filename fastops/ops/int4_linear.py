@@ -93,9 +93,9 @@ def run_cpp(
     options = {"zeros": packed.zeros, "mins": packed.mins, "perm": weight.perm, "bias": common.to_f32(bias)}
     int8 = activations == "int8"
     if out is not None and out.dim() == 2 and (out.stride(1) == 1 or n == 1):
-        _ops.ops.int4_linear_out(rows, packed.codes, packed.scales, **options, int8=int8, out=out)
+        _ops.ops.int4_linear_out(rows, packed.codes, packed.scales, **options, int8=int8, eight=packed.eight, out=out)
         return out
-    result = _op(rows, packed.codes, packed.scales, n, **options, int8=int8)
+    result = _op(rows, packed.codes, packed.scales, n, **options, int8=int8, eight=packed.eight)
     result = result if x.dim() == 2 else result.view(*x.shape[:-1], n)
     return result if out is None else out.copy_(result)
 
@@ -181,14 +181,16 @@ def _fake_out(*args: Any, **options: Any) -> None:
 
 def _elsewhere(
     x: Tensor, codes: Tensor, scales: Tensor, n: int, zeros: Tensor | None = None, mins: Tensor | None = None,
-    perm: Tensor | None = None, bias: Tensor | None = None, *, int8: bool = False,
+    perm: Tensor | None = None, bias: Tensor | None = None, *, int8: bool = False, eight: bool = False,
 ) -> Tensor:  # fmt: skip
     def rows(t: Tensor | None) -> Tensor | None:
         return None if t is None else t.transpose(1, 2).flatten(0, 1)[:n]
 
     plain = rows(scales)
     assert plain is not None
-    weight = Int4Weight(unpack_codes(codes, n), plain, zeros=rows(zeros), mins=rows(mins), perm=perm)
+    count = codes.shape[1] * 8 // x.shape[1]
+    planes = torch.arange(count, dtype=torch.int32, device=x.device) if count > 1 else None
+    weight = Int4Weight(unpack_codes(codes, n), plain, zeros=rows(zeros), mins=rows(mins), perm=perm, planes=planes)
     return reference(x, weight, bias, activations="int8" if int8 else "float")
 
 

@@ -34,6 +34,7 @@ CASES = {
     "int4_pack": (O.int4_pack.default, (CODES,), {}),
     "int4_linear": (O.int4_linear.default, (torch.randn(5, 64), *INT4, 24), {"zeros": INT4[1], "bias": torch.randn(24)}),
     "int4_linear_int8": (O.int4_linear.default, (torch.randn(2, 64), *INT4, 24), {"mins": INT4[1], "int8": True}),
+    "int4_linear_eight": (O.int4_linear.default, (torch.randn(5, 32), *INT4, 24), {"int8": True, "eight": True}),
     "int4_linear_out": (O.int4_linear_out.default, (torch.randn(5, 64), *INT4), {"out": torch.empty(5, 24)}),
     "merge_states": (O.merge_states.default, ([X, X], [torch.randn(2, 4, 5)] * 2), {}),
     "rms_norm": (O.rms_norm.default, (X, WEIGHT), {"weight_offset": 1.0}),

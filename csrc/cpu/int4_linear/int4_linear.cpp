@@ -130,6 +130,9 @@ fastops_status check(const fastops_int4_linear_desc& d, Int4Params* p, char* mes
                Int{features - 1});
     }
   }
+  if (d.eight != 0 && (planes != 2 || given(d.zeros) || given(d.mins) || given(d.perm)))
+    REFUSE(FASTOPS_ERR_VALUE, "int4_linear: eight needs two planes (there are %lld), no zeros, mins or perm",
+           Int{planes});
   if (given(d.bias)) {
     if (d.bias.dtype != FASTOPS_F32) REFUSE(FASTOPS_ERR_TYPE, "int4_linear: bias must be float32");
     status = check_dense(op, "bias", d.bias, 1, &N, message);
@@ -156,6 +159,7 @@ fastops_status check(const fastops_int4_linear_desc& d, Int4Params* p, char* mes
   p->perm = static_cast<const int32_t*>(d.perm.data);
   p->bias = static_cast<const float*>(d.bias.data);
   p->int8 = d.int8 != 0;
+  p->eight = d.eight != 0;
   return FASTOPS_OK;
 }
 

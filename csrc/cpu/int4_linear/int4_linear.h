@@ -26,7 +26,7 @@ struct Int4Params {
   int32_t scale_dtype;
   const int32_t* perm;  // [K]: column k belongs to feature perm[k] of x; without it to feature k % features
   const float* bias;
-  bool int8;
+  bool int8, eight;
   // Filled by the C API inside the workspace: x as the kernels read it.
   char* a;  // [M][a_row] bytes
   int64_t a_row;

@@ -341,6 +341,36 @@ void expand(const Int4Params& p, int64_t panel, int64_t word0, int64_t words, fl
   }
 }
 
+// Whether two planes can be multiplied as one of 8 bits: 16 high + low, from 0 to 255, is 136 more than the weight.
+// Only where the integer product takes unsigned bytes of any size.
+template <Mode mode>
+FASTOPS_INLINE bool joined(const Int4Params& p) {
+#if defined(FASTOPS_HAS_VNNI)
+  return mode == Mode::int8 && p.eight;
+#else
+  (void)p;
+  return false;
+#endif
+}
+
+// As expand<Mode::int8>, both planes at once.
+void expand_joined(const Int4Params& p, int64_t panel, int64_t word0, int64_t words, float* to) {
+  const int64_t blocks = (p.N + kInt4Block - 1) / kInt4Block, plane = p.K / 16 * 64;
+  for (int b = 0; b < kInt4Panel / kInt4Block; ++b) {
+    const int64_t block = panel * (kInt4Panel / kInt4Block) + b;
+    if (block >= blocks) break;
+    const uint8_t* codes = p.codes + (block * (p.K / 8) + word0) * 64;
+    for (int v = 0; v < kNV16; ++v) {
+      float* dst = to + b * kInt4Block + v * W;
+      for (int64_t w = 0; w < words; ++w) {
+        const vi high = viload(codes + w * 64 + v * W * 4), low = viload(codes + plane + w * 64 + v * W * 4);
+        vistore(dst + w * 2 * kInt4Panel, vjoin_nibbles(vnibbles_low(high), vnibbles_low(low)));
+        vistore(dst + (w * 2 + 1) * kInt4Panel, vjoin_nibbles(vnibbles_high(high), vnibbles_high(low)));
+      }
+    }
+  }
+}
+
 // total += scale * products; where the group begins also its offset times the sum of x over the group.
 template <Mode mode>
 void add_group(const Int4Params& p, int64_t panel, int64_t g, bool begins, int rows, int columns, const float* products,
@@ -348,9 +378,12 @@ void add_group(const Int4Params& p, int64_t panel, int64_t g, bool begins, int r
   const bool shifted = begins && (mode == Mode::int8 || p.zeros || p.mins);
   for (int c = 0; c < columns; c += W) {
     const int64_t block = panel * (kInt4Panel / kInt4Block) + c / kInt4Block;
-    const int64_t at = (block * p.groups + g) * kInt4Block + c % kInt4Block;
+    const bool both = joined<mode>(p);  // the second plane's scale then
+    const int64_t at = (block * p.groups + g + (both ? p.groups / 2 : 0)) * kInt4Block + c % kInt4Block;
     const vf scale = load_scale(p.scales, p.scale_dtype, at);
-    const vf offset = shifted ? offset_of(p, at, scale, mode != Mode::int8) : vzero();
+    const vf offset = !shifted ? vzero()
+                      : both   ? vmul(vset(136.0f), scale)
+                               : offset_of(p, at, scale, mode != Mode::int8);
     for (int r = 0; r < rows; ++r) {
       vf x = vload(products + r * kInt4Panel + c);
       if constexpr (mode == Mode::int8) x = vi_to_float(vi_from_bits(x));
@@ -373,8 +406,10 @@ void expanded_panels(const Int4Params& p, int64_t panel0, int64_t panel_end, flo
     const int64_t blocks = (p.N + kInt4Block - 1) / kInt4Block - panel * (kInt4Panel / kInt4Block);
     return static_cast<int>(blocks < kInt4Panel / kInt4Block ? blocks * kInt4Block : kInt4Panel);
   };
-  for (int64_t word = 0; word < p.K / 8;) {
-    int64_t words = p.K / 8 - word < kWords ? p.K / 8 - word : kWords;
+  const bool both = joined<mode>(p);
+  const int64_t all = p.K / (both ? 16 : 8);
+  for (int64_t word = 0; word < all;) {
+    int64_t words = all - word < kWords ? all - word : kWords;
     const int64_t g = word * 8 / p.group, group_end = (g + 1) * p.group / 8;
     if (mode != Mode::f32 && group_end - word < words) words = group_end - word;  // a product ends with its group
     const float* a = reinterpret_cast<const float*>(row_of(p, 0)) + word * kPerWord;
@@ -382,7 +417,10 @@ void expanded_panels(const Int4Params& p, int64_t panel0, int64_t panel_end, flo
     for (int64_t panel = panel0; panel < panel_end; ++panel) {
       float* total = totals + (panel - panel0) * size;
       const int columns = columns_of(panel);
-      expand<mode>(p, panel, word, words, expanded);
+      if (both)
+        expand_joined(p, panel, word, words, expanded);
+      else
+        expand<mode>(p, panel, word, words, expanded);
       if constexpr (mode == Mode::f32) {
         gemm<Dot>(a, lda, expanded, kInt4Panel, total, kInt4Panel, rows, columns, units, true);
       } else {

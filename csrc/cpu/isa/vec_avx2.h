@@ -157,6 +157,8 @@ FASTOPS_INLINE void vstore_i8(int8_t* p, vf x) {
 }
 FASTOPS_INLINE vi vnibbles_low(vi x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
 FASTOPS_INLINE vi vnibbles_high(vi x) { return _mm256_and_si256(_mm256_srli_epi16(x, 4), _mm256_set1_epi8(15)); }
+// 16 high + low in each byte.
+FASTOPS_INLINE vi vjoin_nibbles(vi high, vi low) { return _mm256_or_si256(_mm256_slli_epi16(high, 4), low); }
 // Nibble i of each lane, less 8.
 template <int i>
 FASTOPS_INLINE vf vnibble(vi x) {

@@ -164,6 +164,8 @@ FASTOPS_INLINE void vstore_i8(int8_t* p, vf x) {
 }
 FASTOPS_INLINE vi vnibbles_low(vi x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
 FASTOPS_INLINE vi vnibbles_high(vi x) { return _mm512_and_si512(_mm512_srli_epi16(x, 4), _mm512_set1_epi8(15)); }
+// 16 high + low in each byte.
+FASTOPS_INLINE vi vjoin_nibbles(vi high, vi low) { return _mm512_or_si512(_mm512_slli_epi16(high, 4), low); }
 // Nibble i of each lane, less 8.
 template <int i>
 FASTOPS_INLINE vf vnibble(vi x) {

@@ -116,6 +116,8 @@ FASTOPS_INLINE void vstore_i8(int8_t* p, vf x) {
 }
 FASTOPS_INLINE vi vnibbles_low(vi x) { return x & 0x0f0f0f0f; }
 FASTOPS_INLINE vi vnibbles_high(vi x) { return (x >> 4) & 0x0f0f0f0f; }
+// 16 high + low in each byte.
+FASTOPS_INLINE vi vjoin_nibbles(vi high, vi low) { return high << 4 | low; }
 // Nibble i of each lane, less 8.
 template <int i>
 FASTOPS_INLINE vf vnibble(vi x) {

@@ -200,6 +200,8 @@ typedef struct fastops_int4_linear_desc {
   fastops_tensor mins;   /* optional, like scales; not with zeros */
   fastops_tensor perm;   /* optional int32 [K], each from 0 to K / P - 1 */
   fastops_tensor bias;   /* optional fp32 [N] */
+  int32_t eight; /* P is 2 and the first plane's scales are 16 times the second's (taken on trust): products of many
+                  * int8 rows may then read both planes as one of 8 bits. Without zeros, mins and perm only */
 } fastops_int4_linear_desc;
 
 FASTOPS_API fastops_status fastops_int4_linear_check(const fastops_int4_linear_desc* desc, char* message);
