@@ -37,9 +37,12 @@ bool Checks::well_formed(const char* name, const fastops_tensor& t) {
   if (t.ndim < 1 || t.ndim > FASTOPS_MAX_DIMS)
     return fail(FASTOPS_ERR_VALUE, "%s has %d dimensions, allowed: 1 to %d", name, t.ndim, FASTOPS_MAX_DIMS);
   bool empty = false;
+  int64_t all = 8;  // bytes, at most
   for (int i = 0; i < t.ndim; ++i) {
     if (t.size[i] < 0) return fail(FASTOPS_ERR_VALUE, "%s has a negative size", name);
     empty = empty || t.size[i] == 0;
+    if (__builtin_mul_overflow(all, t.size[i] > 0 ? t.size[i] : 1, &all))
+      return fail(FASTOPS_ERR_VALUE, "%s has more elements than memory can hold", name);
   }
   if (!empty && last(t) > 1 && t.stride[t.ndim - 1] != 1)
     return fail(FASTOPS_ERR_VALUE, "the last dimension of %s must be contiguous (stride 1), got stride %lld", name,
@@ -80,6 +83,7 @@ bool Checks::shape(const char* name, const fastops_tensor& t, int ndim, const in
 
 bool Checks::per_row(const char* name, const fastops_tensor& t, const fastops_tensor& x) {
   if (t.dtype != FASTOPS_F32) return fail(FASTOPS_ERR_TYPE, "%s must be float32", name);
+  if (t.ndim > 0 && !well_formed(name, t)) return false;
   int64_t rows = 1, step = 1;
   for (int i = 0; i + 1 < x.ndim; ++i) rows *= x.size[i];
   if (elements(t) != rows || (rows > 0 && t.data == nullptr))

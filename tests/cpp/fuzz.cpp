@@ -70,6 +70,8 @@ int64_t bytes_of(int32_t dtype) {
       return 2;
     case FASTOPS_BOOL:
     case FASTOPS_U8:
+    case FASTOPS_I8:
+    case FASTOPS_F8_E4M3:
       return 1;
     case FASTOPS_I64:
     case FASTOPS_F64:
@@ -131,7 +133,7 @@ void spoil_number(Random& r, int64_t* x, bool wild) {
 void spoil_tensor(Random& r, fastops_tensor* t, bool is_index) {
   switch (r.below(is_index ? 4 : 6)) {
     case 0:
-      t->dtype = static_cast<int32_t>(r.pick({-1, 0, 1, 2, 3, 4, 5, 6, 7, 8, 1000}));
+      t->dtype = static_cast<int32_t>(r.pick({-1, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 1000}));
       break;
     case 1:
       t->ndim = static_cast<int32_t>(r.below(FASTOPS_MAX_DIMS + 1));
@@ -385,7 +387,9 @@ void fuzz_int4_linear(Random& r) {
   fastops_int4_linear_desc d{};
   d.struct_size = sizeof d;
   d.int8 = r.one_in(2);
-  d.x = dense(Q, dtype, {M, features});
+  const int64_t planes = groups % 2 == 0 && features % 16 == 0 && r.one_in(3) ? 2 : 1;
+  d.eight = planes == 2 ? r.one_in(2) : r.one_in(30);
+  d.x = dense(Q, dtype, {M, features / planes});
   d.out = dense(OUT, r.one_in(3) ? FASTOPS_F32 : dtype, {M, N});
   d.codes = dense(K, FASTOPS_U8, {blocks, features / 8, 16, 4});
   d.scales = dense(V, scale_dtype, {blocks, groups, 16});
@@ -396,7 +400,7 @@ void fuzz_int4_linear(Random& r) {
   if (r.one_in(3)) {
     d.perm = dense(CU_Q, FASTOPS_I32, {features});
     for (int64_t k = 0; k < features; ++k)
-      static_cast<int32_t*>(d.perm.data)[k] = static_cast<int32_t>(r.below(features));
+      static_cast<int32_t*>(d.perm.data)[k] = static_cast<int32_t>(r.below(features / planes));
     if (r.one_in(4))
       static_cast<int32_t*>(d.perm.data)[r.below(features)] =
           static_cast<int32_t>(r.pick({-1, features, INT32_MAX, INT32_MIN}));
@@ -422,6 +426,8 @@ void fuzz_int4_linear(Random& r) {
       [&](fastops_env* env, size_t* bytes) { return fastops_int4_linear_workspace(&d, env, bytes); }, {OUT},
       !overlaps_itself(d.out));
 }
+
+#include "fuzz_fused.h"
 
 // The header's promise: at most 1 MiB of workspace for each thread, whatever the lengths.
 void bound_workspace() {
@@ -475,13 +481,21 @@ int main(int argc, char** argv) {
     }
   for (g_seed = first; g_seed < first + count; ++g_seed) {
     Random r{std::mt19937_64(g_seed)};
-    const int64_t which = r.below(8);
+    const int64_t which = r.below(12);
     if (which == 0)
       fuzz_merge_states(r);
     else if (which == 1)
       fuzz_scale_add(r);
     else if (which == 2)
       fuzz_int4_linear(r);
+    else if (which == 3)
+      fuzz_norm(r);
+    else if (which == 4)
+      fuzz_norm_bwd(r);
+    else if (which == 5)
+      fuzz_gated(r);
+    else if (which == 6)
+      fuzz_rope(r);
     else
       fuzz_attention(r);
   }

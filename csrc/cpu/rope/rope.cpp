@@ -102,7 +102,9 @@ bool check(const fastops_rope_desc& d, Checks& c) {
       return c.fail(FASTOPS_ERR_VALUE, "k_cache and v_cache differ in pages");
   }
   if (d.slots.dtype != FASTOPS_I64) return c.fail(FASTOPS_ERR_TYPE, "slots must be int64");
-  const int64_t tokens = Rows(d.q, 2).count, room = d.k_cache.size[0] * d.k_cache.size[1];
+  int64_t tokens = 1;
+  for (int i = 0; i + 2 < d.q.ndim; ++i) tokens *= d.q.size[i];
+  const int64_t room = d.k_cache.size[0] * d.k_cache.size[1];
   if (!c.vector("slots", d.slots, tokens)) return false;
   for (int64_t i = 0; i < tokens; ++i) {
     const int64_t slot = static_cast<const int64_t*>(d.slots.data)[i];
