@@ -9,7 +9,7 @@ HELP = """usage: fastops COMMAND [options]
 
 commands:
   demo      a language model writes text on this machine, before and after fastops
-  bench     time the operators against rivals, beside this machine's measured ceilings
+  bench     time the operators (or, as "bench model", a whole model) against rivals
   info      version, build, instruction sets, devices, providers
   explain   which implementation a call would take, and why not the others
 

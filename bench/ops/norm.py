@@ -20,7 +20,9 @@ def cases(shapes: list[Shape], dtypes: list[str]) -> list[Case]:
 
 
 def norm(x: Any) -> torch.Tensor:
-    return F.rms_norm(x[0], x[0].shape[-1:], x[1], EPS)
+    """Into the tensor ours writes to: a fresh result of this size would be paid for in page faults."""
+    y: torch.Tensor = F.rms_norm(x[0], x[0].shape[-1:], x[1], EPS)
+    return x[2].copy_(y)
 
 
 def add_norm(x: Any) -> Any:
@@ -29,6 +31,7 @@ def add_norm(x: Any) -> Any:
 
 
 def add_norm_anew(x: Any) -> Any:
+    """For torch.compile (2.13), which fails on the form in place: new tensors, page faults included."""
     total = x[3] + x[0]
     return F.rms_norm(total, total.shape[-1:], x[1], EPS), total
 

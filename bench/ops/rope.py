@@ -27,12 +27,12 @@ def turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 def rope(x: Any) -> Any:
-    return turned(x[0], x[5], x[6]), turned(x[1], x[5], x[6])
+    return x[7][0].copy_(turned(x[0], x[5], x[6])), x[7][1].copy_(turned(x[1], x[5], x[6]))
 
 
 def norm_rope(x: Any) -> Any:
     q, k = F.rms_norm(x[0], (D,), x[2], 1e-6), F.rms_norm(x[1], (D,), x[2], 1e-6)
-    return turned(q, x[5], x[6]), turned(k, x[5], x[6])
+    return x[7][0].copy_(turned(q, x[5], x[6])), x[7][1].copy_(turned(k, x[5], x[6]))
 
 
 def case(m: int, name: str, norm: bool) -> Case:
