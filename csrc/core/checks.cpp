@@ -3,6 +3,8 @@
 #include <cstdarg>
 #include <cstdio>
 
+#include "core/isa.h"
+
 namespace fastops {
 namespace {
 
@@ -27,6 +29,11 @@ bool Checks::fail(fastops_status status, const char* format, ...) {
   va_end(args);
   set_message(message_, "%s: %s", op_, text);
   return false;
+}
+
+bool Checks::can_run() {
+  const char* refusal = isa_refusal();
+  return refusal == nullptr || fail(FASTOPS_ERR_UNSUPPORTED, "%s", refusal);
 }
 
 bool Checks::struct_size(uint32_t got, size_t want) {

@@ -29,6 +29,7 @@ class Checks {
   fastops_status status() const { return status_; }
 
   bool fail(fastops_status status, const char* format, ...) __attribute__((format(printf, 3, 4)));
+  bool can_run();  // no: the instruction set that was asked for cannot be had
   bool struct_size(uint32_t got, size_t want);
   // 1 to 5 sizes that are not negative, a dense last dimension, data where there are elements.
   bool well_formed(const char* name, const fastops_tensor& t);

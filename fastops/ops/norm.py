@@ -198,6 +198,18 @@ class FusedAddNorm(torch.autograd.Function):
         return ds, dr, dw, None, None
 
 
+def _describe(x: Tensor, *args: Any, **kwargs: Any) -> Call:
+    return Call(x.device.type, x.dtype)
+
+
+def _operator(op: str, cpp: Any, reference: Any, validate: Any) -> Operator:
+    rows = [
+        Implementation("cpp", cpp, common.cpp_why_not, 10, source="csrc/cpu/norm"),
+        Implementation("reference", reference, common.always, 0, source="fastops/ops/norm.py"),
+    ]
+    return Operator(op, rows, validate, _describe)
+
+
 # ---- rms_norm -------------------------------------------------------------------------------------------------------
 
 
@@ -206,10 +218,6 @@ def _rms_validate(
     quant: str | None = None, out: Tensor | None = None,
 ) -> None:  # fmt: skip
     _check("rms_norm", x, None, weight, None, eps, quant, out)
-
-
-def _describe(x: Tensor, *args: Any, **kwargs: Any) -> Call:
-    return Call(x.device.type, x.dtype)
 
 
 def _rms_reference(
@@ -222,33 +230,39 @@ def _rms_reference(
     return y if out is None else out.copy_(y)
 
 
+def _run(
+    op: str,
+    x: Tensor,
+    affine: tuple[Tensor | None, ...],
+    options: dict[str, float],
+    quant: str | None,
+    out: Tensor | None,
+) -> Any:
+    """rms_norm (affine: the weight) and layer_norm (weight and bias) by the kernels."""
+    weight, bias = (*affine, None)[:2]
+    eps, offset, layer = options["eps"], options.get("weight_offset", 0.0), op == "layer_norm"
+    if quant is not None:
+        y, _, scales, _, _ = _kernel(x, None, weight, bias, eps, offset, layer, _quant(op, quant, out))
+        return y, scales
+    if common.any_grad(x, weight, bias):
+        y = Norm.apply(x, None, weight, bias, eps, offset, layer)
+        return y if out is None else out.copy_(y)
+    rows, vectors = common.kernel_rows(x), [common.kernel_vector(t, x) for t in affine]
+    if out is not None and rows.dim() == out.dim() and common.dense_rows(out) is out:
+        getattr(_ops.ops, f"{op}_out")(rows, *vectors, **options, out=out)
+        return out
+    y = getattr(_ops.ops, op).default(rows, *vectors, **options).view(x.shape)
+    return y if out is None else out.copy_(y)
+
+
 def _rms_cpp(
     x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, weight_offset: float = 0.0,
     quant: str | None = None, out: Tensor | None = None,
 ) -> Any:  # fmt: skip
-    if quant is not None:
-        y, _, scales, _, _ = _kernel(x, None, weight, None, eps, weight_offset, False, _quant("rms_norm", quant, out))
-        return y, scales
-    if common.any_grad(x, weight):
-        y = Norm.apply(x, None, weight, None, eps, weight_offset, False)
-        return y if out is None else out.copy_(y)
-    rows, w = common.kernel_rows(x), common.kernel_vector(weight, x)
-    if out is not None and rows.dim() == out.dim() and common.dense_rows(out) is out:
-        _ops.ops.rms_norm_out(rows, w, eps, weight_offset=weight_offset, out=out)
-        return out
-    y = _ops.ops.rms_norm.default(rows, w, eps, weight_offset=weight_offset).view(x.shape)
-    return y if out is None else out.copy_(y)
+    return _run("rms_norm", x, (weight,), {"eps": eps, "weight_offset": weight_offset}, quant, out)
 
 
-_rms = Operator(
-    "rms_norm",
-    [
-        Implementation("cpp", _rms_cpp, common.cpp_why_not, 10, source="csrc/cpu/norm"),
-        Implementation("reference", _rms_reference, common.always, 0, source="fastops/ops/norm.py"),
-    ],
-    _rms_validate,
-    _describe,
-)
+_rms = _operator("rms_norm", _rms_cpp, _rms_reference, _rms_validate)
 
 
 def rms_norm(
@@ -333,15 +347,7 @@ def _fused_cpp(
     return x.copy_(y), residual.copy_(total)
 
 
-_fused = Operator(
-    "fused_add_rms_norm",
-    [
-        Implementation("cpp", _fused_cpp, common.cpp_why_not, 10, source="csrc/cpu/norm"),
-        Implementation("reference", _fused_reference, common.always, 0, source="fastops/ops/norm.py"),
-    ],
-    _fused_validate,
-    _describe,
-)
+_fused = _operator("fused_add_rms_norm", _fused_cpp, _fused_reference, _fused_validate)
 
 
 def fused_add_rms_norm(
@@ -395,15 +401,7 @@ def _add_cpp(
     return _kernel(x, residual, weight, None, eps, weight_offset, False)[:2]
 
 
-_add = Operator(
-    "add_rms_norm",
-    [
-        Implementation("cpp", _add_cpp, common.cpp_why_not, 10, source="csrc/cpu/norm"),
-        Implementation("reference", _add_reference, common.always, 0, source="fastops/ops/norm.py"),
-    ],
-    _add_validate,
-    _describe,
-)
+_add = _operator("add_rms_norm", _add_cpp, _add_reference, _add_validate)
 
 
 def add_rms_norm(
@@ -438,29 +436,10 @@ def _layer_cpp(
     x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *,
     quant: str | None = None, out: Tensor | None = None,
 ) -> Any:  # fmt: skip
-    if quant is not None:
-        y, _, scales, _, _ = _kernel(x, None, weight, bias, eps, 0.0, True, _quant("layer_norm", quant, out))
-        return y, scales
-    if common.any_grad(x, weight, bias):
-        y = Norm.apply(x, None, weight, bias, eps, 0.0, True)
-        return y if out is None else out.copy_(y)
-    rows, w, b = common.kernel_rows(x), common.kernel_vector(weight, x), common.kernel_vector(bias, x)
-    if out is not None and rows.dim() == out.dim() and common.dense_rows(out) is out:
-        _ops.ops.layer_norm_out(rows, w, b, eps, out=out)
-        return out
-    y = _ops.ops.layer_norm.default(rows, w, b, eps).view(x.shape)
-    return y if out is None else out.copy_(y)
+    return _run("layer_norm", x, (weight, bias), {"eps": eps}, quant, out)
 
 
-_layer = Operator(
-    "layer_norm",
-    [
-        Implementation("cpp", _layer_cpp, common.cpp_why_not, 10, source="csrc/cpu/norm"),
-        Implementation("reference", _layer_reference, common.always, 0, source="fastops/ops/norm.py"),
-    ],
-    _layer_validate,
-    _describe,
-)
+_layer = _operator("layer_norm", _layer_cpp, _layer_reference, _layer_validate)
 
 
 def layer_norm(

@@ -36,11 +36,7 @@ extern "C" fastops_status fastops_gated_check(const fastops_gated_desc* desc, ch
 extern "C" fastops_status fastops_gated(const fastops_gated_desc* desc, fastops_env* env) {
   const fastops_gated_desc& d = *desc;
   Checks c("gated", env->message);
-  if (!check(d, c)) return c.status();
-  if (const char* refusal = isa_refusal()) {
-    set_message(env->message, "%s", refusal);
-    return FASTOPS_ERR_UNSUPPORTED;
-  }
+  if (!check(d, c) || !c.can_run()) return c.status();
   const auto variant = FASTOPS_CHOOSE(GatedTable, gated_table);
   env->variant = variant.name;
   const bool backward = given(d.dout);

@@ -86,10 +86,7 @@ const float* widened(const NormTable& table, const fastops_tensor& t, float offs
 }
 
 bool ready(size_t need, fastops_env* env, Checks& c) {
-  if (const char* refusal = isa_refusal()) {
-    set_message(env->message, "%s", refusal);
-    return c.fail(FASTOPS_ERR_UNSUPPORTED, "%s", refusal);
-  }
+  if (!c.can_run()) return false;
   return env->workspace_size >= need ||
          c.fail(FASTOPS_ERR_WORKSPACE, "the workspace has %zu bytes, needs %zu", env->workspace_size, need);
 }

@@ -150,11 +150,7 @@ extern "C" fastops_status fastops_rope_check(const fastops_rope_desc* desc, char
 extern "C" fastops_status fastops_rope(const fastops_rope_desc* desc, fastops_env* env) {
   const fastops_rope_desc& d = *desc;
   Checks c("rope", env->message);
-  if (!check(d, c)) return c.status();
-  if (const char* refusal = isa_refusal()) {
-    set_message(env->message, "%s", refusal);
-    return FASTOPS_ERR_UNSUPPORTED;
-  }
+  if (!check(d, c) || !c.can_run()) return c.status();
   const auto variant = FASTOPS_CHOOSE(RopeTable, rope_table);
   env->variant = variant.name;
   const int64_t dim = last(d.q), half = last(d.cos), esize = size_of(d.q.dtype);
