@@ -24,6 +24,7 @@ PROMPT = (
     "does not. Yet every word a language model writes has passed through it: each token looks back at all the tokens "
     "before it, weighs them, and adds up what it finds. The longer the text, the more there is to look back at. "
 )
+WARM_UP = 4  # tokens of the unmeasured first run
 QUESTION = "\n\nIn one sentence, attention in a language model is"
 
 
@@ -203,7 +204,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     n = ids.shape[1]
     print(f"Gemma 3 270M, {args.dtype}, {torch.get_num_threads()} threads: {n} prompt tokens, {args.tokens} new ones")
-    decoder = Decoder(other, max_length=n + args.tokens)
+    decoder = Decoder(other, max_length=n + max(args.tokens, WARM_UP))
     sides: dict[str, Callable[[int], tuple[list[int], float, float]]] = {
         "transformers": lambda tokens: timed_run(model, ids, tokens, DynamicCache(config=model.config)),
         "with fastops": lambda tokens: decoder_run(decoder, ids, tokens),
@@ -215,7 +216,7 @@ def main(argv: list[str] | None = None) -> int:
         for side, run in sides.items():
             label = "warm-up" if repeat == 0 else f"run {repeat}/{args.repeats}"
             show(f"{label}: {side}")
-            tokens, prompt, write = run(args.tokens if repeat else 4)
+            tokens, prompt, write = run(args.tokens if repeat else WARM_UP)
             if repeat:
                 prompt_s[side].append(prompt)
                 write_s[side].append(write)

@@ -1,5 +1,6 @@
 """fastops demo and the fastops command: their words, and a run on a tiny model."""
 
+import json
 import subprocess
 import sys
 
@@ -18,7 +19,7 @@ class Words:
     bos_token_id = 1
 
     def __call__(self, text, add_special_tokens=True, return_tensors=None):
-        ids = [3 + len(w) for w in text.split()]
+        ids = [3 + min(len(w), 60) for w in text.split()]
         return {"input_ids": torch.tensor([ids]) if return_tensors else ids}
 
     def decode(self, ids, skip_special_tokens=False):
@@ -43,17 +44,32 @@ def test_demo_prints_texts_speeds_and_ratios(tiny, capsys):
     shown = capsys.readouterr().out
     assert "40 prompt tokens, 5 new ones" in shown
     assert shown.count("tokens/s   generation") == 2
-    assert "transformers (attention: sdpa)" in shown
-    assert "with fastops (attention: fastops)" in shown
+    assert "\ntransformers\n" in shown
+    assert "\nwith fastops\n" in shown
     assert "prompt: " in shown
     assert "generation: " in shown
     assert "texts:      the same" in shown
 
 
-def test_demo_in_four_bits(tiny, capsys):
-    assert cli.main(["demo", "--int4", "--prompt-tokens", "40", "--tokens", "5", "--repeats", "1"]) == 0
+@pytest.mark.parametrize("bits", [4, 8])
+def test_demo_in_few_bits(tiny, capsys, bits):
+    assert cli.main(["demo", f"--int{bits}", "--prompt-tokens", "40", "--tokens", "5", "--repeats", "1"]) == 0
+    assert f"with fastops (linear layers: {bits} bits)" in capsys.readouterr().out
+
+
+def test_bench_model(tiny, capsys, tmp_path):
+    out = tmp_path / "r.json"
+    argv = ["--prompt-tokens", "20", "--tokens", "3", "--repeats", "2", "--windows", "1", "--json", str(out)]
+    assert cli.main(["bench", "model", "--compare", "transformers,transformers-bf16", *argv]) == 0
     shown = capsys.readouterr().out
-    assert "with fastops (attention: fastops, linear layers: 4 bits)" in shown
+    assert "20 prompt tokens, 3 generated" in shown
+    for name in ("fastops-int8", "fastops-int4", "transformers", "transformers-bf16"):
+        assert f"\n{name} " in shown
+    assert "fastops-int4 against transformers-bf16: prompt " in shown
+    quality = json.loads(out.read_text())["perplexity"]
+    assert abs(quality["fastops-int8"] / quality["transformers"] - 1) < 0.05
+    assert cli.main(["bench", "model", "--compare", "ollama"]) == 2
+    assert "unknown 'ollama'" in capsys.readouterr().err
 
 
 def test_demo_takes_a_prompt(tiny, capsys):
