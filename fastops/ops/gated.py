@@ -15,11 +15,12 @@ from fastops.ops import _common as common
 
 SILU, GELU_TANH, GELU = 0, 1, 2  # fastops_activation
 _GELU = {"tanh": GELU_TANH, "none": GELU}
+_APPROXIMATE = {kind: name for name, kind in _GELU.items()}
 
 
 def activate(x: Tensor, activation: int) -> Tensor:
     """The activation of x in x's own precision."""
-    return F.silu(x) if activation == SILU else F.gelu(x, approximate="tanh" if activation == GELU_TANH else "none")
+    return F.silu(x) if activation == SILU else F.gelu(x, approximate=_APPROXIMATE[activation])
 
 
 def reference(gate: Tensor, up: Tensor, activation: int) -> Tensor:
@@ -78,43 +79,29 @@ class Gated(torch.autograd.Function):
         return dgate.view(gate.shape), dup.view(gate.shape), None
 
 
+def _kernel(
+    silu: str, gelu: str, inputs: list[Tensor], shape: tuple[int, ...], activation: int, out: Tensor | None
+) -> Tensor:
+    """The operator `silu` or `gelu`, by the activation: straight into out where the kernel can write there."""
+    op, options = (silu, {}) if activation == SILU else (gelu, {"approximate": _APPROXIMATE[activation]})
+    if out is not None and out.dim() == inputs[0].dim() and common.dense_rows(out) is out:
+        getattr(_ops.ops, f"{op}_out")(*inputs, **options, out=out)
+        return out
+    y: Tensor = getattr(_ops.ops, op)(*inputs, **options).view(shape)
+    return y if out is None else out.copy_(y)
+
+
 def _and_mul(x: Tensor, activation: int, out: Tensor | None = None) -> Tensor:
     rows = common.kernel_rows(x)
-    into = out is not None and out.dim() == rows.dim() and common.dense_rows(out) is out
-    if activation == SILU:
-        if into:
-            _ops.ops.silu_and_mul_out(rows, out=out)
-            return out  # type: ignore[return-value]
-        y = _ops.ops.silu_and_mul(rows)
-    else:
-        kind = "tanh" if activation == GELU_TANH else "none"
-        if into:
-            _ops.ops.gelu_and_mul_out(rows, approximate=kind, out=out)
-            return out  # type: ignore[return-value]
-        y = _ops.ops.gelu_and_mul(rows, approximate=kind)
-    y = y.view(*x.shape[:-1], x.shape[-1] // 2)
-    return y if out is None else out.copy_(y)
+    return _kernel("silu_and_mul", "gelu_and_mul", [rows], (*x.shape[:-1], x.shape[-1] // 2), activation, out)
 
 
 def _gated(gate: Tensor, up: Tensor, activation: int, out: Tensor | None = None) -> Tensor:
     if gate.dim() == 0 and up.dim() == 0:
         y = _gated(gate[None], up[None], activation)[0]
         return y if out is None else out.copy_(y)
-    g, u = common.kernel_rows(gate), common.kernel_rows(up)
-    into = out is not None and out.dim() == g.dim() and common.dense_rows(out) is out
-    if activation == SILU:
-        if into:
-            _ops.ops.swiglu_out(g, u, out=out)
-            return out  # type: ignore[return-value]
-        y = _ops.ops.swiglu(g, u)
-    else:
-        kind = "tanh" if activation == GELU_TANH else "none"
-        if into:
-            _ops.ops.geglu_out(g, u, approximate=kind, out=out)
-            return out  # type: ignore[return-value]
-        y = _ops.ops.geglu(g, u, approximate=kind)
-    y = y.view(gate.shape)
-    return y if out is None else out.copy_(y)
+    rows = [common.kernel_rows(gate), common.kernel_rows(up)]
+    return _kernel("swiglu", "geglu", rows, gate.shape, activation, out)
 
 
 # ---- one tensor: silu_and_mul, gelu_and_mul -------------------------------------------------------------------------

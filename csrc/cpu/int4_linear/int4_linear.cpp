@@ -3,27 +3,12 @@
 
 #include <cstring>
 
-#include "core/isa.h"
 #include "core/parallel.h"
 #include "core/status.h"
 #include "fastops/fastops.h"
 
 namespace fastops::cpu {
 namespace {
-
-struct Variant {
-  const Int4Table& table;
-  Isa isa;
-};
-Variant choose(Isa isa) {
-#if defined(__x86_64__)
-  if (isa >= Isa::avx512_bf16) return {avx512_bf16::int4_table, Isa::avx512_bf16};
-  if (isa == Isa::avx512) return {avx512::int4_table, Isa::avx512};
-  if (isa == Isa::avx2) return {avx2::int4_table, Isa::avx2};
-#endif
-  (void)isa;
-  return {scalar::int4_table, Isa::scalar};
-}
 
 #define REFUSE(status, ...)            \
   do {                                 \
@@ -32,11 +17,6 @@ Variant choose(Isa isa) {
   } while (0)
 
 using Int = long long;
-
-bool given(const fastops_tensor& t) { return t.data != nullptr || t.ndim != 0; }
-bool is_float(int32_t dtype) { return dtype == FASTOPS_F32 || dtype == FASTOPS_F16 || dtype == FASTOPS_BF16; }
-
-int64_t size_of(int32_t dtype) { return dtype == FASTOPS_F32 ? 4 : 2; }
 
 bool is_dense(const fastops_tensor& t) {
   int64_t stride = 1;
@@ -228,7 +208,7 @@ extern "C" fastops_status fastops_int4_linear_workspace(const fastops_int4_linea
   Int4Params p;
   const fastops_status status = check(*desc, &p, env ? env->message : nullptr);
   if (status == FASTOPS_OK)
-    *bytes = static_cast<size_t>(Layout(p, choose(active_isa()).table, workers_of(env, p)).total);
+    *bytes = static_cast<size_t>(Layout(p, FASTOPS_CHOOSE(Int4Table, int4_table).table, workers_of(env, p)).total);
   return status;
 }
 
@@ -240,14 +220,14 @@ extern "C" fastops_status fastops_int4_linear(const fastops_int4_linear_desc* de
     set_message(env->message, "%s", refusal);
     return FASTOPS_ERR_UNSUPPORTED;
   }
-  const Variant variant = choose(active_isa());
+  const auto variant = FASTOPS_CHOOSE(Int4Table, int4_table);
   const int workers = workers_of(env, p);
   const Layout at(p, variant.table, workers);
   if (at.total > 0 && (static_cast<int64_t>(env->workspace_size) < at.total || env->workspace == nullptr)) {
     set_message(env->message, "int4_linear: workspace has %zu bytes, needs %lld", env->workspace_size, Int{at.total});
     return FASTOPS_ERR_WORKSPACE;
   }
-  env->variant = isa_name(variant.isa);
+  env->variant = variant.name;
   if (p.M == 0 || p.N == 0) return FASTOPS_OK;
   char* ws = static_cast<char*>(env->workspace);
   p.a_row = variant.table.row_bytes(p);

@@ -2,6 +2,8 @@
 #pragma once
 #include <cstdint>
 
+#include "cpu/rows.h"
+
 namespace fastops::cpu {
 
 constexpr int kInt4Block = 16;      // output features that lie together in the packed codes
@@ -50,19 +52,6 @@ inline int64_t int4_scratch(int64_t M, int64_t N) {
   return M <= kInt4StreamRows ? 0 : kInt4Units * kInt4Panel + (1 + int4_item_panels(M, N)) * M * kInt4Panel;
 }
 
-namespace scalar {
-extern const Int4Table int4_table;
-}
-#if defined(__x86_64__)
-namespace avx2 {
-extern const Int4Table int4_table;
-}
-namespace avx512 {
-extern const Int4Table int4_table;
-}
-namespace avx512_bf16 {
-extern const Int4Table int4_table;
-}
-#endif
+FASTOPS_DECLARE_TABLES(Int4Table, int4_table)
 
 }  // namespace fastops::cpu
