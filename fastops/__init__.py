@@ -1,6 +1,6 @@
 """fastops: attention and GEMM operators, first-class on every machine. See README.md and docs/."""
 
-from fastops import int4, nn
+from fastops import int4, kv, nn
 from fastops.dispatch import explain, override
 from fastops.dispatch.override import read_environment as _read_environment
 from fastops.errors import FallbackWarning, NotSupportedError
@@ -35,6 +35,7 @@ __all__ = [
     "info",
     "int4",
     "int4_linear",
+    "kv",
     "layer_norm",
     "linear_cross_entropy",
     "merge_states",

@@ -34,7 +34,9 @@ _DENSE = f"Tensor q, Tensor k, Tensor v, *, {_TAIL}, Tensor? attn_mask=None, boo
 _VARLEN = f"Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, *, {_TAIL}"
 _PAGED = (
     "Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, "
-    f"Tensor? cu_seqlens_q=None, *, {_TAIL}"
+    f"Tensor? cu_seqlens_q=None, *, {_TAIL}, Tensor? k_scale=None, Tensor? k_zero=None, Tensor? k_min=None, "
+    "Tensor? v_scale=None, Tensor? v_zero=None, Tensor? v_min=None, Tensor? k_recent=None, Tensor? v_recent=None, "
+    "Tensor? packed_lens=None, int k_bits=0, int v_bits=0"
 )
 _PAIR = ", bool return_lse=False) -> (Tensor, Tensor)"
 _GRADIENTS = "Tensor dout, Tensor? dlse, Tensor out, Tensor lse, "

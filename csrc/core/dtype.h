@@ -75,4 +75,17 @@ inline uint8_t to_f8(float x) {
   return static_cast<uint8_t>(y | ((u >> 24) & 0x80u));
 }
 
+inline float from_f8(uint8_t y) {
+  const uint32_t mag = y & 0x7fu, sign = static_cast<uint32_t>(y & 0x80u) << 24;
+  float x;
+  if (mag == 0x7f) {
+    x = detail::as_float(0x7fc00000u);
+  } else if (mag < 8) {  // denormal: units of 2^-9
+    x = static_cast<float>(mag) * (1.0f / 512.0f);
+  } else {
+    x = detail::as_float((mag << 20) + (120u << 23));
+  }
+  return detail::as_float(detail::as_bits(x) | sign);
+}
+
 }  // namespace fastops

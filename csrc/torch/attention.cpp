@@ -15,7 +15,7 @@ struct Options {
   const OptTensor &sinks, &alibi;
 };
 
-fastops_attention_desc describe(const Tensor& q, const Tensor& k, const Tensor& v, const Options& o) {
+fastops_attention_desc describe(const Tensor& q, const Tensor& k, const Tensor& v, const Options& o, int64_t head_v) {
   fastops_attention_desc d{};
   d.struct_size = sizeof d;
   d.q = view(q, "q");
@@ -24,7 +24,6 @@ fastops_attention_desc describe(const Tensor& q, const Tensor& k, const Tensor& 
   d.sinks = view(o.sinks, "sinks");
   d.alibi_slopes = view(o.alibi, "alibi_slopes");
   const int64_t head = d.q.ndim > 0 ? d.q.size[d.q.ndim - 1] : 1;
-  const int64_t head_v = d.v.ndim > 0 ? d.v.size[d.v.ndim - 1] : 1;
   if (head % 8 != 0 || head_v % 8 != 0)  // the kernels take any size (sdpa needs it); the contract of these does not
     raise(FASTOPS_ERR_VALUE, "attention: head sizes D and Dv must be multiples of 8");
   d.scale = static_cast<float>(o.scale ? *o.scale : 1.0 / std::sqrt(static_cast<double>(head > 0 ? head : 1)));
@@ -32,6 +31,10 @@ fastops_attention_desc describe(const Tensor& q, const Tensor& k, const Tensor& 
   d.window_left = o.window_left;
   d.window_right = o.causal ? 0 : o.window_right;
   return d;
+}
+
+fastops_attention_desc describe(const Tensor& q, const Tensor& k, const Tensor& v, const Options& o) {
+  return describe(q, k, v, o, v.dim() > 0 ? v.size(v.dim() - 1) : 8);
 }
 
 void run(fastops_attention_desc& d, const Tensor& out, const OptTensor& lse) {
@@ -99,17 +102,50 @@ fastops_attention_desc describe_varlen(const Tensor& q, const Tensor& k, const T
   return d;
 }
 
-fastops_attention_desc describe_paged(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& table,
-                                      const Tensor& lens, const OptTensor& cu_q, const Options& o) {
-  fastops_attention_desc d = describe(q, k, v, o);
-  d.block_table = view(table, "block_table");
-  d.seq_lens = view(lens, "seq_lens");
-  d.cu_seqlens_q = view(cu_q, "cu_seqlens_q");
-  return d;
+struct PagedArguments {
+  fastops_attention_desc d;
+  fastops_kv_quant kv{};
+  int64_t head_v;  // channels of a value
+};
+
+// A whole paged call: quantised when the cache is not q's dtype, or has anything that only such a cache has.
+struct Quant {
+  const OptTensor &k_scale, &k_zero, &k_min, &v_scale, &v_zero, &v_min, &k_recent, &v_recent, &packed_lens;
+  int64_t k_bits, v_bits;
+};
+
+bool is_plain(const Tensor& q, const Tensor& k, const Tensor& v, const Quant& x) {
+  const int32_t dtype = dtype_of(q);
+  return dtype_of(k) == dtype && dtype_of(v) == dtype && !x.k_scale && !x.v_scale && !x.k_recent && !x.v_recent &&
+         !x.packed_lens;
 }
 
-Pair finish_ragged(fastops_attention_desc& d, const Tensor& q, const Tensor& v, bool return_lse) {
-  Tensor out = empty({dim(q, 0), dim(q, 1), v.dim() > 0 ? v.size(v.dim() - 1) : 0}, scalar_type(q));
+void describe_paged(PagedArguments& a, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& table,
+                    const Tensor& lens, const OptTensor& cu_q, const Options& o, const Quant& x) {
+  const int64_t columns = v.dim() > 0 ? v.size(v.dim() - 1) : 0;
+  a.head_v = x.v_bits == 4 ? 2 * columns : x.v_bits == 2 ? 4 * columns : columns;
+  a.d = describe(q, k, v, o, a.head_v);
+  a.d.block_table = view(table, "block_table");
+  a.d.seq_lens = view(lens, "seq_lens");
+  a.d.cu_seqlens_q = view(cu_q, "cu_seqlens_q");
+  if (is_plain(q, k, v, x)) return;
+  a.kv.struct_size = sizeof a.kv;
+  a.kv.k_bits = static_cast<int32_t>(x.k_bits);
+  a.kv.v_bits = static_cast<int32_t>(x.v_bits);
+  a.kv.k_scale = view(x.k_scale, "k_scale");
+  a.kv.k_zero = view(x.k_zero, "k_zero");
+  a.kv.k_min = view(x.k_min, "k_min");
+  a.kv.v_scale = view(x.v_scale, "v_scale");
+  a.kv.v_zero = view(x.v_zero, "v_zero");
+  a.kv.v_min = view(x.v_min, "v_min");
+  a.kv.k_recent = view(x.k_recent, "k_recent");
+  a.kv.v_recent = view(x.v_recent, "v_recent");
+  a.kv.packed_lens = view(x.packed_lens, "packed_lens");
+  a.d.kv = &a.kv;
+}
+
+Pair finish_ragged(fastops_attention_desc& d, const Tensor& q, int64_t head_v, bool return_lse) {
+  Tensor out = empty({dim(q, 0), dim(q, 1), head_v}, scalar_type(q));
   Tensor lse = return_lse ? empty({dim(q, 1), dim(q, 0)}, ScalarType::Float) : empty_lse();
   run(d, out, return_lse ? OptTensor(lse) : std::nullopt);
   return {out, lse};
@@ -118,7 +154,7 @@ Pair finish_ragged(fastops_attention_desc& d, const Tensor& q, const Tensor& v, 
 Pair attention_varlen(Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor cu_k, bool causal, std::optional<double> scale,
                       int64_t wl, int64_t wr, double softcap, OptTensor sinks, OptTensor alibi, bool return_lse) {
   auto d = describe_varlen(q, k, v, cu_q, cu_k, {causal, scale, wl, wr, softcap, sinks, alibi});
-  return finish_ragged(d, q, v, return_lse);
+  return finish_ragged(d, q, v.dim() > 0 ? v.size(v.dim() - 1) : 0, return_lse);
 }
 
 void attention_varlen_out(Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor cu_k, bool causal,
@@ -130,16 +166,24 @@ void attention_varlen_out(Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor cu_k
 
 Pair attention_paged(Tensor q, Tensor k, Tensor v, Tensor table, Tensor lens, OptTensor cu_q, bool causal,
                      std::optional<double> scale, int64_t wl, int64_t wr, double softcap, OptTensor sinks,
-                     OptTensor alibi, bool return_lse) {
-  auto d = describe_paged(q, k, v, table, lens, cu_q, {causal, scale, wl, wr, softcap, sinks, alibi});
-  return finish_ragged(d, q, v, return_lse);
+                     OptTensor alibi, OptTensor ks, OptTensor kz, OptTensor km, OptTensor vs, OptTensor vz,
+                     OptTensor vm, OptTensor kr, OptTensor vr, OptTensor packed, int64_t k_bits, int64_t v_bits,
+                     bool return_lse) {
+  PagedArguments a;
+  describe_paged(a, q, k, v, table, lens, cu_q, {causal, scale, wl, wr, softcap, sinks, alibi},
+                 {ks, kz, km, vs, vz, vm, kr, vr, packed, k_bits, v_bits});
+  return finish_ragged(a.d, q, a.head_v, return_lse);
 }
 
 void attention_paged_out(Tensor q, Tensor k, Tensor v, Tensor table, Tensor lens, OptTensor cu_q, bool causal,
                          std::optional<double> scale, int64_t wl, int64_t wr, double softcap, OptTensor sinks,
-                         OptTensor alibi, Tensor out, OptTensor lse) {
-  auto d = describe_paged(q, k, v, table, lens, cu_q, {causal, scale, wl, wr, softcap, sinks, alibi});
-  run(d, out, lse);
+                         OptTensor alibi, OptTensor ks, OptTensor kz, OptTensor km, OptTensor vs, OptTensor vz,
+                         OptTensor vm, OptTensor kr, OptTensor vr, OptTensor packed, int64_t k_bits, int64_t v_bits,
+                         Tensor out, OptTensor lse) {
+  PagedArguments a;
+  describe_paged(a, q, k, v, table, lens, cu_q, {causal, scale, wl, wr, softcap, sinks, alibi},
+                 {ks, kz, km, vs, vz, vm, kr, vr, packed, k_bits, v_bits});
+  run(a.d, out, lse);
 }
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;

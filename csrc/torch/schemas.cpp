@@ -7,8 +7,11 @@
   "Tensor? sinks=None, Tensor? alibi_slopes=None"
 #define DENSE "Tensor q, Tensor k, Tensor v, *, " TAIL ", Tensor? attn_mask=None, bool top_left=False"
 #define VARLEN "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, *, " TAIL
-#define PAGED \
-  "Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, Tensor? cu_seqlens_q=None, *, " TAIL
+#define PAGED                                                                                                          \
+  "Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, Tensor? cu_seqlens_q=None, *, " TAIL \
+  ", Tensor? k_scale=None, Tensor? k_zero=None, Tensor? k_min=None, Tensor? v_scale=None, Tensor? v_zero=None, "       \
+  "Tensor? v_min=None, Tensor? k_recent=None, Tensor? v_recent=None, Tensor? packed_lens=None, int k_bits=0, "         \
+  "int v_bits=0"
 #define RETURNS ", bool return_lse=False) -> (Tensor, Tensor)"
 #define GRADIENTS ") -> (Tensor, Tensor, Tensor, Tensor)"
 #define INT4 \

@@ -88,8 +88,11 @@ Plan make_plan(AttentionParams& p, int64_t* item_prefix, int64_t* partial_prefix
   plan.max_rows = max_rows;
   plan.work = visible * p.Hq * (p.D + p.Dv);
   // Heads that lie next to each other are read as one stream (attention_modes.inl.h, Direct).
-  const bool adjacent = p.k_sh == p.D && p.v_sh == p.Dv && p.k_ss >= p.Hkv * p.D && p.v_ss >= p.Hkv * p.Dv;
-  p.direct_heads = adjacent && p.Hkv > 1 ? static_cast<int32_t>(p.Hkv < kDirectHeads ? p.Hkv : kDirectHeads) : 1;
+  const bool adjacent = p.quant || (p.k_sh == p.D && p.v_sh == p.Dv && p.k_ss >= p.Hkv * p.D && p.v_ss >= p.Hkv * p.Dv);
+  int64_t most = kDirectHeads;
+  if (p.quant && kDecodedFloats / kDecodedKeys / (p.D + p.Dv) < most)
+    most = kDecodedFloats / kDecodedKeys / (p.D + p.Dv);
+  p.direct_heads = adjacent && p.Hkv > 1 ? static_cast<int32_t>(p.Hkv < most ? p.Hkv : most) : 1;
   auto base_items = [&p] {
     int64_t n = 0;
     for (int64_t b = 0; b < p.B; ++b) {
@@ -149,7 +152,7 @@ struct Layout {
     partial_out = take(plan.partial_rows * p.Dv * 4);
     partial_lse = take(plan.partial_rows * 4);
     scratch_bytes =
-        align64(attention_scratch(p.D, p.Dv, static_cast<int>(rows), attention_key_tile(p.D, p.Dv)).total * 4);
+        align64(attention_scratch(p.D, p.Dv, static_cast<int>(rows), attention_key_tile(p.D, p.Dv), p.quant).total * 4);
     scratch = take(scratch_bytes * workers);
     total = at;
   }

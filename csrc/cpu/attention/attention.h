@@ -17,6 +17,21 @@ constexpr int kRowGroup = 32;  // scratch rows are padded to a multiple of this
 
 inline int pad_dim(int d) { return (d + kPad - 1) / kPad * kPad; }
 
+// How the keys, or the values, of a quantised cache are stored (fastops_kv_quant, flattened).
+enum KvKind : int32_t { kKvPlain, kKvI8, kKvF8, kKvU8, kKvU4, kKvU2 };
+struct KvSide {
+  int32_t kind;
+  int32_t scale_dtype;             // of scale and shift
+  const char *scale, *shift;       // NULL: 1 and 0
+  int64_t scale_s[4], shift_s[4];  // strides over page, group of keys, head, group of channels; 0 where they share one
+  int32_t group_shift;             // keys of a group, as a power of two
+  int32_t channels;                // of a group
+  bool each;                       // a scale for each channel of a group of keys
+  bool shift_is_zero;              // value = (code - shift) scale, otherwise code scale + shift
+  const char* recent;              // [B, R, Hkv, D] in q's dtype
+  int64_t recent_s[3];
+};
+
 // Strides count elements. "Row" below is a (query position, head of the group) pair of one sequence and one KV head:
 // row = position * G + head, so that one K/V tile serves every query head that shares it.
 struct AttentionParams {
@@ -41,6 +56,10 @@ struct AttentionParams {
   const char* bias;
   int32_t bias_dtype;
   int64_t bias_s[4];
+  bool quant;  // paged, with these two
+  KvSide kq, vq;
+  const int32_t* packed;  // keys in pages; those behind stand in a window of `recent`
+  int64_t packed_stride, recent;
   // The plan (a function of the shapes alone, never of the number of threads).
   int32_t block_rows;    // rows of a packed work item
   int32_t direct_heads;  // KV heads of a direct work item
@@ -98,10 +117,12 @@ struct AttentionItem {
 
 // Scratch of one worker, in floats; each part starts on a 64-byte boundary.
 struct AttentionScratch {
-  int64_t q, o, k, v, s, p16, m, l, lo, hi, rows, total;
+  int64_t q, o, k, v, s, p16, m, l, lo, hi, rows, raw, total;
 };
+constexpr int64_t kDecodedFloats = 64 << 10;  // room for the decoded rows of a quantised tile
+constexpr int kDecodedKeys = 32;              // keys a direct tile of them holds at least
 // `rows`: query rows held at once, over all heads of the item.
-inline AttentionScratch attention_scratch(int D, int Dv, int rows, int key_tile) {
+inline AttentionScratch attention_scratch(int D, int Dv, int rows, int key_tile, bool quant) {
   const int64_t R = (rows + kRowGroup - 1) / kRowGroup * kRowGroup, DP = (D + 31) / 32 * 32, VP = pad_dim(Dv);
   AttentionScratch s{};
   int64_t at = 0;
@@ -122,6 +143,7 @@ inline AttentionScratch attention_scratch(int D, int Dv, int rows, int key_tile)
   s.lo = take(R);
   s.hi = take(R);
   s.rows = take(kDirectKeys * 2 * static_cast<int64_t>(sizeof(void*) / 4) * 2 + kMaxHeadDim);
+  s.raw = take(quant ? kDecodedFloats : 0);
   s.total = at;
   return s;
 }

@@ -8,6 +8,8 @@
 #include "cpu/attention/attention_softmax.inl.h"
 // (modes need RowState)
 #include "cpu/attention/attention_modes.inl.h"
+// (decoding needs kIsBf16)
+#include "cpu/attention/attention_quant.inl.h"
 
 namespace fastops::cpu::FASTOPS_ISA {
 namespace {
@@ -96,15 +98,21 @@ void tile_loop(const AttentionParams& p, const AttentionItem& it, const Sequence
   Mode mode(w);
   for (int h = 0; h < w.heads; ++h) load_q_rows(p, it, seq, w, h);
   const auto run_length = [&](int64_t key) { return static_cast<int>(last - key < w.tile ? last - key : w.tile); };
-  if (first < last) source.rows(first, run_length(first), w.kr + w.tile, w.vr + w.tile);
+  if constexpr (!Source::kDecodes)
+    if (first < last) source.rows(first, run_length(first), w.kr + w.tile, w.vr + w.tile);
   for (int64_t key = first; key < last; key += w.tile) {
     const int n = run_length(key), next = run_length(key + n);
-    for (int j = 0; j < n; ++j) {
-      w.kr[j] = w.kr[w.tile + j];
-      w.vr[j] = w.vr[w.tile + j];
+    if constexpr (Source::kDecodes) {
+      source.decode(key, n, next, w.raw, w.kr, w.vr);
+      mode.prepare(n, 0);
+    } else {
+      for (int j = 0; j < n; ++j) {
+        w.kr[j] = w.kr[w.tile + j];
+        w.vr[j] = w.vr[w.tile + j];
+      }
+      source.rows(key + n, next, w.kr + w.tile, w.vr + w.tile);
+      mode.prepare(n, next);
     }
-    source.rows(key + n, next, w.kr + w.tile, w.vr + w.tile);
-    mode.prepare(n, next);
     for (int r0 = 0; r0 < w.rows; r0 += Mode::kRows) {
       const int rows = w.rows - r0 < Mode::kRows ? w.rows - r0 : Mode::kRows, r1 = r0 + rows - 1;
       if (hi[r1] <= key || lo[r0] >= key + n) continue;
@@ -176,6 +184,11 @@ void attention_item(const AttentionParams& p, const AttentionItem& it, float* sc
 #if defined(FASTOPS_HAS_AMX)
   [[maybe_unused]] const TileScope tiles;
 #endif
+  if (p.quant) {  // decoded to what the products take: bf16 where the hardware multiplies it, otherwise fp32
+    if constexpr (kDot16<bf16>)
+      if (p.dtype == 3) return run_mode<QuantSource<bf16>>(p, it, s, scratch);
+    return run_mode<QuantSource<float>>(p, it, s, scratch);
+  }
   if (p.dtype == 1) run_source<float>(p, it, s, scratch);
   if (p.dtype == 2) run_source<f16>(p, it, s, scratch);
   if (p.dtype == 3) run_source<bf16>(p, it, s, scratch);

@@ -36,6 +36,8 @@ struct Work {
   const T **kr, **vr;  // rows of this tile, then of the next one at [tile, 2 tile)
   int tile;            // keys per tile, at most BK
   const T* zero_row;
+  T* raw;  // decoded rows, where the source makes them
+  bool quant;
 
   Work(const AttentionParams& p, const AttentionItem& it, float* scratch)
       : D(p.D),
@@ -44,10 +46,10 @@ struct Work {
         BK(attention_key_tile(p.D, p.Dv)),
         rows(static_cast<int>(it.rows)),
         heads(static_cast<int>(it.heads)),
-        k_step(p.k_sh),
-        v_step(p.v_sh) {
+        k_step(p.quant ? p.D : p.k_sh),
+        v_step(p.quant ? p.Dv : p.v_sh) {
     const int rows_max = it.rows > kDirectRows ? p.block_rows : kDirectRows * kDirectHeads;
-    const AttentionScratch at = attention_scratch(D, Dv, rows_max, BK);
+    const AttentionScratch at = attention_scratch(D, Dv, rows_max, BK, p.quant);
     const int64_t dp = (D + 31) / 32 * 32;
     ldq = kDot16<T> ? dp / 2 : dp;
 #if defined(FASTOPS_HAS_AMX)
@@ -69,6 +71,8 @@ struct Work {
     kr = reinterpret_cast<const T**>(scratch + at.rows);
     vr = kr + 2 * kDirectKeys;
     tile = BK;
+    raw = reinterpret_cast<T*>(scratch + at.raw);
+    quant = p.quant;
     zero_row = reinterpret_cast<const T*>(vr + 2 * kDirectKeys);
     std::memset(const_cast<T*>(zero_row), 0, kMaxHeadDim * sizeof(float));
   }
@@ -80,12 +84,12 @@ struct Work {
   }
 };
 
-template <class T>
-void load_q_rows(const AttentionParams& p, const AttentionItem& it, const Sequence& seq, Work<T>& w, int h) {
-  const T* base = reinterpret_cast<const T*>(p.q) + it.b * p.q_sb + seq.q0 * p.q_ss + (it.hkv + h) * p.G * p.q_sh;
+template <class T, class Q>
+void load_q_rows_as(const AttentionParams& p, const AttentionItem& it, const Sequence& seq, Work<T>& w, int h) {
+  const Q* base = reinterpret_cast<const Q*>(p.q) + it.b * p.q_sb + seq.q0 * p.q_ss + (it.hkv + h) * p.G * p.q_sh;
   int64_t i = it.row0 / p.G, g = it.row0 % p.G;
   for (int r = 0; r < w.rows; ++r) {
-    const T* src = base + i * p.q_ss + g * p.q_sh;
+    const Q* src = base + i * p.q_ss + g * p.q_sh;
     float* dst = w.q + (static_cast<int64_t>(h) * w.rows + r) * w.ldq;
     if constexpr (kDot16<T>) {
       std::memset(dst, 0, static_cast<size_t>(w.ldq) * 4);
@@ -100,6 +104,16 @@ void load_q_rows(const AttentionParams& p, const AttentionItem& it, const Sequen
       ++i;
     }
   }
+}
+
+// q's dtype is that of the rows, or else these are fp32.
+template <class T>
+void load_q_rows(const AttentionParams& p, const AttentionItem& it, const Sequence& seq, Work<T>& w, int h) {
+  if constexpr (sizeof(T) == 4) {
+    if (p.dtype == 2) return load_q_rows_as<T, f16>(p, it, seq, w, h);
+    if (p.dtype == 3) return load_q_rows_as<T, bf16>(p, it, seq, w, h);
+  }
+  load_q_rows_as<T, T>(p, it, seq, w, h);
 }
 
 // Where a tile is masked for some rows and V holds an inf or NaN, the zero probabilities of unseen keys must not
@@ -287,7 +301,8 @@ template <class T>
 struct Direct {
   static constexpr bool kBf16P = kDot16<T>;
   static constexpr int kRows = kDirectRows;
-  static constexpr int kStep = W / 4;  // keys of a dot-product block that takes four rows or heads
+  static constexpr int64_t kDecodedBytes = 64 << 10;  // of K, and as many of V: what L2 gives back quickly
+  static constexpr int kStep = W / 4;                 // keys of a dot-product block that takes four rows or heads
   Work<T>& w;
   int64_t k_bytes, v_bytes;  // of one key, all heads of the item
   int block, lead;           // keys whose values are weighed together; how far the prefetch runs ahead
@@ -306,7 +321,8 @@ struct Direct {
     lead = keys(12 << 10, 1, kDirectKeys);
     if (lead < block) lead = block;
     const int scores_fit = kDirectScores / 2 / (w.heads * w.rows) / 32 * 32;  // half of it stays in L1 beside the rest
-    w.tile = keys(128 << 10, 32, scores_fit < 32 ? 32 : scores_fit < kDirectKeys ? scores_fit : kDirectKeys);
+    const int64_t tile_bytes = w.quant ? kDecodedBytes : 128 << 10;
+    w.tile = keys(tile_bytes, 32, scores_fit < 32 ? 32 : scores_fit < kDirectKeys ? scores_fit : kDirectKeys);
     w.BK = w.tile;
   }
 

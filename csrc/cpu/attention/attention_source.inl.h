@@ -1,11 +1,13 @@
 // Where K/V tiles come from. A source fills the row pointers of a run of keys; the tile loop never asks how they lie in
-// memory. A new source (listed blocks, quantised pages) is one more struct with the same `rows` method.
+// memory. A new source is one more struct with the same `rows` method, or, where the rows have to be made first, with
+// `decode` (attention_quant.inl.h).
 namespace fastops::cpu::FASTOPS_ISA {
 namespace {
 
 template <class T>
 struct DenseSource {
   using Elem = T;
+  static constexpr bool kDecodes = false;
   const T *k, *v;
   int64_t ks, vs;
   DenseSource(const AttentionParams& p, const AttentionItem& it, const Sequence& s)
@@ -25,6 +27,7 @@ struct DenseSource {
 template <class T>
 struct PagedSource {
   using Elem = T;
+  static constexpr bool kDecodes = false;
   const T *k, *v;
   const int32_t* table;
   int64_t table_sp, kb, ks, vb, vs;

@@ -121,10 +121,17 @@ fastops_status check_cu(const char* name, const Tensor& t, int64_t B, const char
 fastops_status check_pages(const fastops_attention_desc& d, const AttentionParams& p, char* message) {
   const int64_t page = d.k.size[1], pages = d.k.size[0], max_pages = d.block_table.size[1];
   for (int64_t b = 0; b < p.B; ++b) {
-    const int32_t len = p.seq_lens[b * p.seq_stride];
+    int32_t len = p.seq_lens[b * p.seq_stride];
     if (len < 0)
       REFUSE(FASTOPS_ERR_VALUE, "attention: seq_lens[%lld] is %d, must not be negative", static_cast<long long>(b),
              len);
+    if (p.packed) {
+      const int32_t packed = p.packed[b * p.packed_stride];
+      if (packed < 0 || packed > len || packed + p.recent < len)
+        REFUSE(FASTOPS_ERR_VALUE, "attention: packed_lens[%lld] is %d, must be from seq_lens - %lld to seq_lens = %d",
+               static_cast<long long>(b), packed, static_cast<long long>(p.recent), len);
+      len = packed;
+    }
     const int64_t need = (len + page - 1) / page;
     if (need > max_pages)
       REFUSE(FASTOPS_ERR_VALUE,
@@ -191,7 +198,8 @@ fastops_status check_layout(const fastops_attention_desc& d, AttentionParams* p,
   p->Hq = d.q.size[qdim - 2];
   p->D = static_cast<int32_t>(d.q.size[qdim - 1]);
   p->Hkv = d.k.size[kdim - 2];
-  p->Dv = static_cast<int32_t>(d.v.size[kdim - 1]);
+  const int64_t v_columns = d.v.size[kdim - 1];
+  p->Dv = static_cast<int32_t>(v_columns > kMaxHeadDim ? v_columns : kv_channels(p->vq.kind, v_columns));
   p->q_ss = d.q.stride[qdim - 3];
   p->q_sh = d.q.stride[qdim - 2];
   p->k_ss = d.k.stride[kdim - 3];
@@ -211,7 +219,14 @@ fastops_status check_layout(const fastops_attention_desc& d, AttentionParams* p,
            static_cast<long long>(p->Hq), static_cast<long long>(p->Hkv));
   p->G = p->Hkv ? p->Hq / p->Hkv : 1;
   const int64_t D = p->D, Dv = p->Dv, Hkv = p->Hkv;
-  if (kdim == 4) {
+  if (p->quant) {
+    if (!paged) REFUSE(FASTOPS_ERR_VALUE, "attention: quantised keys and values need the paged layout");
+    if (D % 8 != 0 || Dv % 8 != 0)
+      REFUSE(FASTOPS_ERR_VALUE, "attention: head sizes of a quantised cache must be multiples of 8, got %d and %d",
+             p->D, p->Dv);
+    TRY(check_shape("k", d.k, {d.k.size[0], d.k.size[1], Hkv, D / kv_channels(p->kq.kind, 1)}, message));
+    TRY(check_shape("v", d.v, {d.k.size[0], d.k.size[1], Hkv, v_columns}, message));
+  } else if (kdim == 4) {
     TRY(check_shape("k", d.k, {d.k.size[0], d.k.size[1], Hkv, D}, message));
     TRY(check_shape("v", d.v, {d.k.size[0], d.k.size[1], Hkv, Dv}, message));
   } else {
@@ -283,6 +298,7 @@ fastops_status check_indices(const fastops_attention_desc& d, AttentionParams* p
                static_cast<long long>(T), static_cast<long long>(p->B));
       p->queries_per_seq = p->B ? T / p->B : 0;
     }
+    if (p->quant) TRY(check_kv_scales(d, p, message));
     return check_pages(d, *p, message);
   }
   if (p->ragged) {
@@ -311,8 +327,12 @@ fastops_status check_attention(const fastops_attention_desc& d, AttentionParams*
   if (d.q.dtype != FASTOPS_F32 && d.q.dtype != FASTOPS_F16 && d.q.dtype != FASTOPS_BF16)
     REFUSE(d.q.dtype == FASTOPS_F64 ? FASTOPS_ERR_UNSUPPORTED : FASTOPS_ERR_TYPE,
            "attention: q is %s, the CPU kernels take float32, float16 and bfloat16", dtype_name(d.q.dtype));
-  TRY(check_dtype("k", d.k, d.q.dtype, message));
-  TRY(check_dtype("v", d.v, d.q.dtype, message));
+  if (d.kv != nullptr) {
+    TRY(check_kv_kinds(d, p, message));
+  } else {
+    TRY(check_dtype("k", d.k, d.q.dtype, message));
+    TRY(check_dtype("v", d.v, d.q.dtype, message));
+  }
   if (d.out.dtype != FASTOPS_F32) TRY(check_dtype("out", d.out, d.q.dtype, message));
   if (given(d.lse)) TRY(check_dtype("lse", d.lse, FASTOPS_F32, message));
   TRY(check_layout(d, p, message));

@@ -9,4 +9,12 @@ namespace fastops::cpu {
 // plan.
 fastops_status check_attention(const fastops_attention_desc& d, AttentionParams* p, char* message);
 
+// The quantised side of a paged call. kinds(): dtypes and widths, before the layout is known; the rest after it.
+fastops_status check_kv_kinds(const fastops_attention_desc& d, AttentionParams* p, char* message);
+fastops_status check_kv_scales(const fastops_attention_desc& d, AttentionParams* p, char* message);
+// Channels that a row of `columns` elements of a cache holds.
+inline int64_t kv_channels(int32_t kind, int64_t columns) {
+  return kind == kKvU4 ? columns * 2 : kind == kKvU2 ? columns * 4 : columns;
+}
+
 }  // namespace fastops::cpu

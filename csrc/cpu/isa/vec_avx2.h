@@ -170,6 +170,38 @@ FASTOPS_INLINE vi vdot4(vi acc, vi u, int32_t s4) {
   const __m256i pairs = _mm256_maddubs_epi16(u, _mm256_set1_epi32(s4));
   return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
+// W codes as numbers: bytes with and without a sign, e4m3, and 4 and 2 bits each.
+template <class Bits>
+FASTOPS_INLINE Bits vbits(const uint8_t* p) {
+  Bits x;
+  std::memcpy(&x, p, sizeof(x));
+  return x;
+}
+FASTOPS_INLINE vf vload_i8(const uint8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+FASTOPS_INLINE vf vload_u8(const uint8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+// By way of fp16, whose exponent is biased by 8 more; its conversion knows denormal numbers whatever the flags say.
+FASTOPS_INLINE vf vload_f8(const uint8_t* p) {
+  const __m128i x = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  const __m128i mag = _mm_and_si128(x, _mm_set1_epi16(0x7f));
+  const __m128i nan = _mm_and_si128(_mm_cmpeq_epi16(mag, _mm_set1_epi16(0x7f)), _mm_set1_epi16(0x7c00));
+  const __m128i sign = _mm_slli_epi16(_mm_and_si128(x, _mm_set1_epi16(0x80)), 8);
+  const __m128i half = _mm_or_si128(_mm_or_si128(_mm_slli_epi16(mag, 7), sign), nan);
+  return _mm256_mul_ps(_mm256_cvtph_ps(half), _mm256_set1_ps(256.0f));
+}
+FASTOPS_INLINE vf vload_u4(const uint8_t* p) {
+  const __m256i x =
+      _mm256_srlv_epi32(_mm256_set1_epi32(vbits<int32_t>(p)), _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28));
+  return _mm256_cvtepi32_ps(_mm256_and_si256(x, _mm256_set1_epi32(15)));
+}
+FASTOPS_INLINE vf vload_u2(const uint8_t* p) {
+  const __m256i x =
+      _mm256_srlv_epi32(_mm256_set1_epi32(vbits<uint16_t>(p)), _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14));
+  return _mm256_cvtepi32_ps(_mm256_and_si256(x, _mm256_set1_epi32(3)));
+}
 FASTOPS_INLINE void vprefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
 }  // namespace

@@ -194,6 +194,50 @@ FASTOPS_INLINE vi vdot4(vi acc, vi u, int32_t s4) {
   return _mm512_add_epi32(acc, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
 #endif
 }
+// W codes as numbers: bytes with and without a sign, e4m3, and 4 and 2 bits each.
+template <class Bits>
+FASTOPS_INLINE Bits vbits(const uint8_t* p) {
+  Bits x;
+  std::memcpy(&x, p, sizeof(x));
+  return x;
+}
+FASTOPS_INLINE __m128i vbytes(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+FASTOPS_INLINE vf vload_i8(const uint8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(vbytes(p))); }
+FASTOPS_INLINE vf vload_u8(const uint8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(vbytes(p))); }
+// By way of fp16, whose exponent is biased by 8 more; its conversion knows denormal numbers whatever the flags say.
+FASTOPS_INLINE vf vload_f8(const uint8_t* p) {
+  const __m256i x = _mm256_cvtepu8_epi16(vbytes(p));
+  const __m256i mag = _mm256_and_si256(x, _mm256_set1_epi16(0x7f));
+  const __m256i sign = _mm256_slli_epi16(_mm256_and_si256(x, _mm256_set1_epi16(0x80)), 8);
+  __m256i half = _mm256_or_si256(_mm256_slli_epi16(mag, 7), sign);
+  half = _mm256_mask_mov_epi16(half, _mm256_cmpeq_epi16_mask(mag, _mm256_set1_epi16(0x7f)), _mm256_set1_epi16(0x7fff));
+  return _mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(256.0f));
+}
+FASTOPS_INLINE vf vload_u4(const uint8_t* p) {  // a byte in each 64 bits, then once more, shifted, in their upper half
+  const __m512i x = _mm512_cvtepu8_epi64(_mm_cvtsi64_si128(vbits<int64_t>(p)));
+  const __m512i both = _mm512_or_si512(x, _mm512_slli_epi64(x, 28));
+  return _mm512_cvtepi32_ps(_mm512_and_si512(both, _mm512_set1_epi32(15)));
+}
+FASTOPS_INLINE vf vload_u2(const uint8_t* p) {
+  const __m512i counts = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i x = _mm512_srlv_epi32(_mm512_set1_epi32(vbits<int32_t>(p)), counts);
+  return _mm512_cvtepi32_ps(_mm512_and_si512(x, _mm512_set1_epi32(3)));
+}
+#if defined(FASTOPS_HAS_BF16_DOT)
+// 2 W codes of 4 or 2 bits each, looked up in a table of bf16 that repeats: the look-up takes five bits, and those
+// above a code belong to its neighbour.
+template <int bits>
+FASTOPS_INLINE __m512i vlookup_bf16(const uint8_t* p, __m512i table) {
+  if constexpr (bits == 4) {
+    const __m512i x = _mm512_cvtepu8_epi32(vbytes(p));
+    return _mm512_permutexvar_epi16(_mm512_or_si512(x, _mm512_slli_epi32(x, 12)), table);
+  } else {
+    const __m512i x = _mm512_cvtepu8_epi64(_mm_cvtsi64_si128(vbits<int64_t>(p)));
+    const __m512i two = _mm512_or_si512(x, _mm512_slli_epi64(x, 14));
+    return _mm512_permutexvar_epi16(_mm512_or_si512(two, _mm512_slli_epi64(two, 28)), table);
+  }
+}
+#endif
 FASTOPS_INLINE void vprefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
 }  // namespace

@@ -128,6 +128,33 @@ FASTOPS_INLINE vi vdot4(vi acc, vi u, int32_t s4) {
   for (int b = 0; b < 32; b += 8) acc += ((u >> b) & 255) * static_cast<int8_t>(s4 >> b);
   return acc;
 }
+// W codes as numbers: bytes with and without a sign, e4m3, and 4 and 2 bits each (the first in the lowest ones).
+// Exactly the bytes that hold them are read.
+FASTOPS_INLINE vf vload_i8(const uint8_t* p) {
+  vf x;
+  for (int i = 0; i < W; ++i) x[i] = static_cast<float>(static_cast<int8_t>(p[i]));
+  return x;
+}
+FASTOPS_INLINE vf vload_u8(const uint8_t* p) {
+  vf x;
+  for (int i = 0; i < W; ++i) x[i] = static_cast<float>(p[i]);
+  return x;
+}
+FASTOPS_INLINE vf vload_f8(const uint8_t* p) {
+  vf x;
+  for (int i = 0; i < W; ++i) x[i] = from_f8(p[i]);
+  return x;
+}
+FASTOPS_INLINE vf vload_u4(const uint8_t* p) {
+  vf x;
+  for (int i = 0; i < W; ++i) x[i] = static_cast<float>(p[i / 2] >> (i % 2 * 4) & 15);
+  return x;
+}
+FASTOPS_INLINE vf vload_u2(const uint8_t* p) {
+  vf x;
+  for (int i = 0; i < W; ++i) x[i] = static_cast<float>(p[i / 4] >> (i % 4 * 2) & 3);
+  return x;
+}
 FASTOPS_INLINE void vprefetch(const void* p) { __builtin_prefetch(p); }
 
 }  // namespace

@@ -117,6 +117,23 @@ typedef enum fastops_align {
  * A query at position p sees key j iff p - window_left <= j <= p + window_right (-1: unbounded); causal is
  * window_right = 0. D and Dv: 1..256. q, k, v, out: one dtype of fp32, fp16, bf16 (out may also be fp32). */
 /* clang-format on */
+
+/* A quantised paged cache. Each of K and V is int8, e4m3, or uint8 with codes of 8, 4 or 2 bits (the first channel in
+ * the lowest ones), or has q's dtype and no scales. A code stands for (code - zero) scale     zero given code scale +
+ * min        min given; neither: code scale Scales (fp32, fp16, bf16; zero and min have their dtype and shape) are [1]
+ * of the whole cache [Hkv]                   of each head [P,page,Hkv]            of each key and head
+ *   [P,page/g,Hkv,D/c]      of g keys (a power of two) and c channels: c a multiple of 8, or 1
+ * int8 and e4m3 may come without scales (1). */
+typedef struct fastops_kv_quant {
+  uint32_t struct_size;
+  int32_t k_bits, v_bits; /* of uint8: 8, 4 or 2; 0 for other dtypes */
+  int32_t reserved;
+  fastops_tensor k_scale, k_zero, k_min, v_scale, v_zero, v_min;
+  /* Optional: keys from packed_lens[b] on are not in pages but here, key j in row j % R, in q's dtype. */
+  fastops_tensor k_recent, v_recent; /* [B,R,Hkv,D], [B,R,Hkv,Dv] */
+  fastops_tensor packed_lens;        /* int32 [B]: seq_lens[b] - R <= packed_lens[b] <= seq_lens[b] */
+} fastops_kv_quant;
+
 typedef struct fastops_attention_desc {
   uint32_t struct_size;
   int32_t align; /* fastops_align */
@@ -132,6 +149,7 @@ typedef struct fastops_attention_desc {
   float scale;
   float softcap; /* > 0: s = softcap * tanh(s / softcap) after scaling */
   int64_t window_left, window_right;
+  const fastops_kv_quant* kv; /* paged layout: NULL, or how k and v are quantised */
 } fastops_attention_desc;
 
 FASTOPS_API fastops_status fastops_attention_check(const fastops_attention_desc* desc, char* message);
