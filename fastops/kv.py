@@ -275,9 +275,11 @@ class PagedCache:
             shape: tuple[int, ...] = (pages, page // side.tokens, heads)
             if side.channels:
                 shape = (*shape, d // side.channels)
-            numbers[f"{role}_scale"] = torch.ones(shape, dtype=side.scale_dtype, device=device)
-            if side.shift:
-                numbers[f"{role}_{side.shift}"] = torch.zeros(shape, dtype=side.scale_dtype, device=device)
+            stored = (pages, heads, page) if len(shape) == 3 else shape  # the kernel reads 16 tokens of a head at once
+            for name, value in (("scale", 1.0), (side.shift, 0.0)):
+                if name:
+                    t = torch.full(stored, value, dtype=side.scale_dtype, device=device)
+                    numbers[f"{role}_{name}"] = t.transpose(1, 2) if len(shape) == 3 else t
             numbers[f"{role}_bits"] = side.packed_bits
         self.recent = recent if self.format.recent else 0
         if self.format.recent:

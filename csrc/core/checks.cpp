@@ -40,7 +40,7 @@ bool Checks::struct_size(uint32_t got, size_t want) {
   return got == want || fail(FASTOPS_ERR_VALUE, "struct_size is %u, this library knows %zu", got, want);
 }
 
-bool Checks::well_formed(const char* name, const fastops_tensor& t) {
+bool Checks::well_formed(const char* name, const fastops_tensor& t, bool dense) {
   if (t.ndim < 1 || t.ndim > FASTOPS_MAX_DIMS)
     return fail(FASTOPS_ERR_VALUE, "%s has %d dimensions, allowed: 1 to %d", name, t.ndim, FASTOPS_MAX_DIMS);
   bool empty = false;
@@ -51,7 +51,7 @@ bool Checks::well_formed(const char* name, const fastops_tensor& t) {
     if (__builtin_mul_overflow(all, t.size[i] > 0 ? t.size[i] : 1, &all))
       return fail(FASTOPS_ERR_VALUE, "%s has more elements than memory can hold", name);
   }
-  if (!empty && last(t) > 1 && t.stride[t.ndim - 1] != 1)
+  if (dense && !empty && last(t) > 1 && t.stride[t.ndim - 1] != 1)
     return fail(FASTOPS_ERR_VALUE, "the last dimension of %s must be contiguous (stride 1), got stride %lld", name,
                 static_cast<long long>(t.stride[t.ndim - 1]));
   return empty || t.data != nullptr || fail(FASTOPS_ERR_VALUE, "%s has no data", name);
@@ -80,10 +80,10 @@ bool Checks::same_shape(const char* name, const fastops_tensor& t, const char* l
               list(b, x.size, x.ndim));
 }
 
-bool Checks::shape(const char* name, const fastops_tensor& t, int ndim, const int64_t* want) {
+bool Checks::sizes(const char* name, const fastops_tensor& t, int ndim, const int64_t* want) {
   bool same = t.ndim == ndim;
   for (int i = 0; same && i < ndim; ++i) same = t.size[i] == want[i];
-  if (same) return well_formed(name, t);
+  if (same) return true;
   char a[160], b[160];
   return fail(FASTOPS_ERR_VALUE, "%s has shape %s, must be %s", name, list(a, t.size, t.ndim), list(b, want, ndim));
 }

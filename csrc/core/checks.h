@@ -31,14 +31,17 @@ class Checks {
   bool fail(fastops_status status, const char* format, ...) __attribute__((format(printf, 3, 4)));
   bool can_run();  // no: the instruction set that was asked for cannot be had
   bool struct_size(uint32_t got, size_t want);
-  // 1 to 5 sizes that are not negative, a dense last dimension, data where there are elements.
-  bool well_formed(const char* name, const fastops_tensor& t);
+  // 1 to 5 sizes that are not negative, data where there are elements; with `dense`, a dense last dimension.
+  bool well_formed(const char* name, const fastops_tensor& t, bool dense = true);
   bool floats(const char* name, const fastops_tensor& t);  // well formed; fp32, fp16 or bf16
   bool same_dtype(const char* name, const fastops_tensor& t, const char* like, const fastops_tensor& x);
   // x's dtype or fp32
   bool dtype_or_f32(const char* name, const fastops_tensor& t, const char* like, const fastops_tensor& x);
   bool same_shape(const char* name, const fastops_tensor& t, const char* like, const fastops_tensor& x);
-  bool shape(const char* name, const fastops_tensor& t, int ndim, const int64_t* want);
+  bool sizes(const char* name, const fastops_tensor& t, int ndim, const int64_t* want);  // of any strides
+  bool shape(const char* name, const fastops_tensor& t, int ndim, const int64_t* want) {
+    return sizes(name, t, ndim, want) && well_formed(name, t);
+  }
   bool vector(const char* name, const fastops_tensor& t, int64_t n) { return shape(name, t, 1, &n); }
   // Contiguous fp32 with one element for each row of x.
   bool per_row(const char* name, const fastops_tensor& t, const fastops_tensor& x);

@@ -428,6 +428,7 @@ void fuzz_int4_linear(Random& r) {
 }
 
 #include "fuzz_fused.h"
+#include "fuzz_kv.h"
 
 // The header's promise: at most 1 MiB of workspace for each thread, whatever the lengths.
 void bound_workspace() {
@@ -463,6 +464,7 @@ void bound_workspace() {
                 size_t bytes = 0;
                 REQUIRE(fastops_attention_workspace(&d, &env, &bytes) == FASTOPS_OK, "refused");
                 REQUIRE(bytes <= static_cast<size_t>(threads) << 20, "%zu bytes for %d threads", bytes, threads);
+                bound_kv_workspace(d, &env);
               }
 }
 
@@ -481,7 +483,7 @@ int main(int argc, char** argv) {
     }
   for (g_seed = first; g_seed < first + count; ++g_seed) {
     Random r{std::mt19937_64(g_seed)};
-    const int64_t which = r.below(12);
+    const int64_t which = r.below(14);
     if (which == 0)
       fuzz_merge_states(r);
     else if (which == 1)
@@ -496,6 +498,8 @@ int main(int argc, char** argv) {
       fuzz_gated(r);
     else if (which == 6)
       fuzz_rope(r);
+    else if (which == 7 || which == 8)
+      fuzz_kv(r);
     else
       fuzz_attention(r);
   }

@@ -88,7 +88,8 @@ Plan make_plan(AttentionParams& p, int64_t* item_prefix, int64_t* partial_prefix
   plan.max_rows = max_rows;
   plan.work = visible * p.Hq * (p.D + p.Dv);
   // Heads that lie next to each other are read as one stream (attention_modes.inl.h, Direct).
-  const bool adjacent = p.quant || (p.k_sh == p.D && p.v_sh == p.Dv && p.k_ss >= p.Hkv * p.D && p.v_ss >= p.Hkv * p.Dv);
+  const int64_t k_row = p.D / kv_channels(p.kq.kind, 1), v_row = p.Dv / kv_channels(p.vq.kind, 1);
+  const bool adjacent = p.k_sh == k_row && p.v_sh == v_row && p.k_ss >= p.Hkv * k_row && p.v_ss >= p.Hkv * v_row;
   int64_t most = kDirectHeads;
   if (p.quant && kDecodedFloats / kDecodedKeys / (p.D + p.Dv) < most)
     most = kDecodedFloats / kDecodedKeys / (p.D + p.Dv);

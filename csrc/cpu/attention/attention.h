@@ -119,11 +119,15 @@ struct AttentionItem {
 struct AttentionScratch {
   int64_t q, o, k, v, s, p16, m, l, lo, hi, rows, raw, total;
 };
-constexpr int64_t kDecodedFloats = 64 << 10;  // room for the decoded rows of a quantised tile
-constexpr int kDecodedKeys = 32;              // keys a direct tile of them holds at least
+constexpr int64_t kDecodedFloats = 32 << 10;  // room for the decoded rows of a quantised tile
+constexpr int kDecodedKeys = 16;              // keys a direct tile of them holds at least
 // `rows`: query rows held at once, over all heads of the item.
 inline AttentionScratch attention_scratch(int D, int Dv, int rows, int key_tile, bool quant) {
   const int64_t R = (rows + kRowGroup - 1) / kRowGroup * kRowGroup, DP = (D + 31) / 32 * 32, VP = pad_dim(Dv);
+  const int64_t direct = kDirectRows * kDirectHeads;  // rows whose q and o may stand in the order of 4-bit codes
+  const auto or_more = [&](int64_t floats, int64_t per_row) {
+    return quant && direct * per_row > floats ? direct * per_row : floats;
+  };
   AttentionScratch s{};
   int64_t at = 0;
   auto take = [&at](int64_t floats) {
@@ -131,8 +135,8 @@ inline AttentionScratch attention_scratch(int D, int Dv, int rows, int key_tile,
     at += (floats + 15) / 16 * 16;
     return here;
   };
-  s.q = take(R * DP);
-  s.o = take(R * VP);
+  s.q = take(or_more(R * DP, (D + 127) / 128 * 64));
+  s.o = take(or_more(R * VP, (Dv + 127) / 128 * 128 + kPad));
   s.k = take(DP * key_tile);
   s.v = take(static_cast<int64_t>(key_tile) * VP);
   const int64_t scores = kRowGroup * key_tile > kDirectScores ? kRowGroup * key_tile : kDirectScores;

@@ -10,6 +10,8 @@
 #include "cpu/attention/attention_modes.inl.h"
 // (decoding needs kIsBf16)
 #include "cpu/attention/attention_quant.inl.h"
+// (one more mode, over its scales)
+#include "cpu/attention/attention_nibbles.inl.h"
 
 namespace fastops::cpu::FASTOPS_ISA {
 namespace {
@@ -66,6 +68,14 @@ struct Partial {
   }
 };
 
+// Whether a mode multiplies codes and needs their scales.
+template <class Mode>
+constexpr bool kReadsCodes = false;
+#if defined(FASTOPS_HAS_BF16_DOT)
+template <>
+constexpr bool kReadsCodes<Nibbles> = true;
+#endif
+
 // ---- the loop ------------------------------------------------------------------------------------------------------
 
 template <class Mode, class Source, class Epilogue, bool kGeneral>
@@ -90,16 +100,23 @@ void tile_loop(const AttentionParams& p, const AttentionItem& it, const Sequence
       if (v.hi > last) last = v.hi;
     }
   }
+
+  Mode mode(w, p);
   const auto all = static_cast<size_t>(w.rows * w.heads);
   for (size_t r = 0; r < all; ++r) w.st.m[r] = kNegInf;
   std::memset(w.st.l, 0, sizeof(float) * kPad * all);
   std::memset(w.st.o, 0, sizeof(float) * static_cast<size_t>(w.VP) * all);
-
-  Mode mode(w);
-  for (int h = 0; h < w.heads; ++h) load_q_rows(p, it, seq, w, h);
   const auto run_length = [&](int64_t key) { return static_cast<int>(last - key < w.tile ? last - key : w.tile); };
   if constexpr (!Source::kDecodes)
     if (first < last) source.rows(first, run_length(first), w.kr + w.tile, w.vr + w.tile);
+  if constexpr (kReadsCodes<Mode>) mode.begin(run_length(first));
+  for (int h = 0; h < w.heads; ++h) {
+    if constexpr (kReadsCodes<Mode>) {
+      mode.load_q(it, seq, h);
+    } else {
+      load_q_rows(p, it, seq, w, h);
+    }
+  }
   for (int64_t key = first; key < last; key += w.tile) {
     const int n = run_length(key), next = run_length(key + n);
     if constexpr (Source::kDecodes) {
@@ -112,6 +129,7 @@ void tile_loop(const AttentionParams& p, const AttentionItem& it, const Sequence
       }
       source.rows(key + n, next, w.kr + w.tile, w.vr + w.tile);
       mode.prepare(n, next);
+      if constexpr (kReadsCodes<Mode>) mode.scales(it, source.table, key, n);
     }
     for (int r0 = 0; r0 < w.rows; r0 += Mode::kRows) {
       const int rows = w.rows - r0 < Mode::kRows ? w.rows - r0 : Mode::kRows, r1 = r0 + rows - 1;
@@ -124,17 +142,20 @@ void tile_loop(const AttentionParams& p, const AttentionItem& it, const Sequence
         ScoreTile t{w.s + h * rows * w.BK, w.BK, w.p16 + h * rows * (w.BK / 2), w.BK / 2, key, seen, masked};
         softmax_rows<kGeneral, kExpDegree<T>, Mode::kBf16P>(p, it, it.hkv + h, seq, st, r0, rows, t);
       }
-      if ((masked || p.bias) && !mode.v_finite(seen)) {
-        for (int h = 0; h < w.heads; ++h) accumulate_seen<T, Mode::kBf16P>(w, h, r0, rows, seen);
-      } else {
-        mode.accumulate(r0, rows, seen);
+      if constexpr (!kReadsCodes<Mode>) {
+        if ((masked || p.bias) && !mode.v_finite(seen)) {
+          for (int h = 0; h < w.heads; ++h) accumulate_seen<T, Mode::kBf16P>(w, h, r0, rows, seen);
+          continue;
+        }
       }
+      mode.accumulate(r0, rows, seen);
     }
   }
   for (int h = 0; h < w.heads; ++h) {
     const RowState st = w.state(h);
     for (int r = 0; r < w.rows; ++r) {
       const float m = kGeneral ? st.m[r] : st.m[r] * p.scale;
+      mode.finish(st.o + static_cast<int64_t>(r) * w.VP);
       Epilogue::row(p, it, seq, h, r, st.o + static_cast<int64_t>(r) * w.VP, m, vsum(vload(st.l + r * kPad)));
     }
   }
@@ -185,8 +206,10 @@ void attention_item(const AttentionParams& p, const AttentionItem& it, float* sc
   [[maybe_unused]] const TileScope tiles;
 #endif
   if (p.quant) {  // decoded to what the products take: bf16 where the hardware multiplies it, otherwise fp32
-    if constexpr (kDot16<bf16>)
-      if (p.dtype == 3) return run_mode<QuantSource<bf16>>(p, it, s, scratch);
+#if defined(FASTOPS_HAS_BF16_DOT)
+    if (takes_nibbles(p, it)) return run_epilogue<Nibbles, PagedSource<U4>>(p, it, s, scratch);
+    if (p.dtype == 3) return run_mode<QuantSource<bf16>>(p, it, s, scratch);
+#endif
     return run_mode<QuantSource<float>>(p, it, s, scratch);
   }
   if (p.dtype == 1) run_source<float>(p, it, s, scratch);

@@ -1,7 +1,7 @@
 // The two ways to multiply a tile: Direct reads K and V rows in place (few rows: decode, memory bound), Packed copies
 // the tile once into a layout the register-blocked gemm streams (many rows: prefill, compute bound). Both offer the
 // tile loop
-//   load_q   prepare (a tile's row pointers)   scores   accumulate   v_finite
+//   prepare (a tile's row pointers)   scores   accumulate   v_finite   finish (a row of o)
 namespace fastops::cpu::FASTOPS_ISA {
 namespace {
 
@@ -149,7 +149,8 @@ struct Packed {
   Work<T>& w;
   bool v_is_finite = true;
 
-  explicit Packed(Work<T>& work) : w(work) {}
+  Packed(Work<T>& work, const AttentionParams&) : w(work) {}
+  static void finish(float*) {}
 
   static vf load_units(const T* p, int elems) {  // W units of a K row, absent elements zero
 #if defined(FASTOPS_HAS_BF16_DOT)
@@ -308,7 +309,8 @@ struct Direct {
   int block, lead;           // keys whose values are weighed together; how far the prefetch runs ahead
   int next = 0;
 
-  explicit Direct(Work<T>& work) : w(work) {
+  static void finish(float*) {}
+  Direct(Work<T>& work, const AttentionParams&) : w(work) {
     constexpr int64_t size = sizeof(T);
     k_bytes = ((w.heads - 1) * w.k_step + w.D) * size;
     v_bytes = ((w.heads - 1) * w.v_step + w.Dv) * size;
@@ -322,7 +324,10 @@ struct Direct {
     if (lead < block) lead = block;
     const int scores_fit = kDirectScores / 2 / (w.heads * w.rows) / 32 * 32;  // half of it stays in L1 beside the rest
     const int64_t tile_bytes = w.quant ? kDecodedBytes : 128 << 10;
-    w.tile = keys(tile_bytes, 32, scores_fit < 32 ? 32 : scores_fit < kDirectKeys ? scores_fit : kDirectKeys);
+    w.tile = keys(tile_bytes, w.quant ? kDecodedKeys : 32,
+                  scores_fit < 32            ? 32
+                  : scores_fit < kDirectKeys ? scores_fit
+                                             : kDirectKeys);
     w.BK = w.tile;
   }
 

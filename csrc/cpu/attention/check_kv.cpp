@@ -54,7 +54,7 @@ bool scales(Checks& ok, const Names& name, const Tensor& scale, const Tensor& ze
                    static_cast<long long>(scale.size[0]), static_cast<long long>(heads));
   if (scale.ndim == 3) {
     const int64_t want[3] = {pages, page, heads};
-    if (!ok.shape(name.scale, scale, 3, want)) return false;
+    if (!ok.sizes(name.scale, scale, 3, want)) return false;
   }
   if (scale.ndim == 4) {
     const int64_t groups = scale.size[1], columns = scale.size[3];
@@ -66,14 +66,15 @@ bool scales(Checks& ok, const Names& name, const Tensor& scale, const Tensor& ze
                      "%s has %lld groups of %d channels; each must have 1 channel or a multiple of 8", name.scale,
                      static_cast<long long>(columns), dim);
     const int64_t want[4] = {pages, groups, heads, columns};
-    if (!ok.shape(name.scale, scale, 4, want)) return false;
+    if (!ok.sizes(name.scale, scale, 4, want)) return false;
     while ((groups << side->group_shift) < page) ++side->group_shift;
     side->each = columns == dim;
     side->channels = static_cast<int32_t>(dim / columns);
   }
   if (scale.ndim != 1 && scale.ndim != 3 && scale.ndim != 4)
     return ok.fail(FASTOPS_ERR_VALUE, "%s has %d dimensions, must have 1, 3 or 4", name.scale, scale.ndim);
-  if (!ok.well_formed(name.scale, scale) || (given(shift) && !ok.well_formed("zero or min", shift))) return false;
+  if (!ok.well_formed(name.scale, scale, false)) return false;
+  if (given(shift) && !ok.well_formed(given(zero) ? name.zero : name.min, shift, false)) return false;
   side->scale = static_cast<const char*>(scale.data);
   side->scale_dtype = scale.dtype;
   spread(scale, side->scale_s);
@@ -126,9 +127,8 @@ fastops_status check_kv_scales(const fastops_attention_desc& d, AttentionParams*
     return ok.status();
   }
   const int64_t want[1] = {p->B};
-  fastops_tensor lens = kv.packed_lens;  // any stride, as seq_lens
-  if (lens.ndim == 1) lens.stride[0] = 1;
-  if (!ok.shape("packed_lens", lens, 1, want)) return ok.status();
+  if (!ok.sizes("packed_lens", kv.packed_lens, 1, want) || !ok.well_formed("packed_lens", kv.packed_lens, false))
+    return ok.status();
   p->packed = static_cast<const int32_t*>(kv.packed_lens.data);
   p->packed_stride = kv.packed_lens.stride[0];
   p->recent = R;

@@ -1,0 +1,147 @@
+// attention over quantised pages. Part of fuzz.cpp, inside its namespace.
+
+// The same bound of workspace for a quantised cache of a dense call's shape (no page is read: no sequence has a key).
+void bound_kv_workspace(fastops_attention_desc d, fastops_env* env) {
+  static int32_t zeros[128] = {};
+  const int64_t B = d.q.size[0], T = B * d.q.size[1];
+  const auto index = [&](int ndim) {
+    fastops_tensor t{};
+    t.data = zeros;
+    t.dtype = FASTOPS_I32;
+    t.ndim = ndim;
+    t.size[0] = B;
+    t.stride[0] = 1;
+    if (ndim == 2) t.stride[1] = 1;
+    return t;
+  };
+  const auto rows = [T](fastops_tensor t) {  // [B, S, H, D] -> [B * S, H, D]
+    t.size[0] = T;
+    t.size[1] = t.size[2];
+    t.size[2] = t.size[3];
+    t.stride[0] = t.stride[1];
+    t.stride[1] = t.stride[2];
+    t.stride[2] = 1;
+    t.ndim = 3;
+    return t;
+  };
+  if (B > 100) return;
+  fastops_kv_quant kv{};
+  kv.struct_size = sizeof kv;
+  d.q = rows(d.q);
+  d.out = rows(d.out);
+  d.k.dtype = d.v.dtype = FASTOPS_I8;
+  d.k.size[1] = d.v.size[1] = 16;
+  d.seq_lens = index(1);
+  d.block_table = index(2);
+  d.kv = &kv;
+  size_t bytes = 0;
+  char message[FASTOPS_MESSAGE_SIZE] = "";
+  env->message = message;
+  REQUIRE(fastops_attention_workspace(&d, env, &bytes) == FASTOPS_OK, "%s", message);
+  env->message = nullptr;
+  REQUIRE(bytes <= static_cast<size_t>(env->num_threads) << 20, "%zu bytes for %d threads", bytes, env->num_threads);
+}
+
+void fuzz_kv(Random& r) {
+  const int32_t dtype = static_cast<int32_t>(r.pick({FASTOPS_F32, FASTOPS_F16, FASTOPS_BF16}));
+  const int64_t B = 1 + r.below(3), page = r.pick({1, 4, 16, 32}), pages = 1 + r.below(6), Hkv = 1 + r.below(4);
+  const int64_t G = 1 + r.below(5), D = 8 * (1 + r.below(20)), Dv = r.one_in(2) ? D : 8 * (1 + r.below(20));
+  fastops_attention_desc d{};
+  fastops_kv_quant kv{};
+  d.struct_size = sizeof d;
+  kv.struct_size = sizeof kv;
+  d.kv = &kv;
+  d.scale = 0.1f;
+  d.window_left = r.one_in(3) ? r.below(30) : -1;
+  d.window_right = r.one_in(2) ? 0 : -1;
+  const int64_t queries = r.one_in(2) ? 1 : 1 + r.below(12), T = B * queries;
+  d.q = dense(Q, dtype, {T, Hkv * G, D});
+  d.out = dense(OUT, r.one_in(4) ? FASTOPS_F32 : dtype, {T, Hkv * G, Dv});
+  if (r.one_in(2)) d.lse = dense(LSE, FASTOPS_F32, {Hkv * G, T});
+  const auto cache = [&](int slot, int64_t dim, int32_t* bits) {
+    const int32_t kind =
+        static_cast<int32_t>(r.pick({dtype, FASTOPS_I8, FASTOPS_F8_E4M3, FASTOPS_U8, FASTOPS_U8, FASTOPS_U8}));
+    *bits = kind == FASTOPS_U8 ? static_cast<int32_t>(r.pick({8, 4, 4, 2})) : 0;
+    return dense(slot, kind, {pages, page, Hkv, *bits ? dim * *bits / 8 : dim});
+  };
+  d.k = cache(K, D, &kv.k_bits);
+  d.v = cache(V, Dv, &kv.v_bits);
+  const int32_t number = static_cast<int32_t>(r.pick({FASTOPS_F32, FASTOPS_F16, FASTOPS_BF16}));
+  const auto numbers = [&](int slot, int64_t dim) {
+    switch (r.below(6)) {
+      case 0:
+        return dense(slot, number, {1});
+      case 1:
+        return dense(slot, number, {Hkv});
+      case 2:
+        return dense(slot, number, {pages, r.pick({1, page}), Hkv, dim});
+      case 3:
+        return dense(slot, number, {pages, page, Hkv, dim % 16 == 0 ? dim / 16 : 1});
+      case 4: {  // tokens across, as PagedCache stores them
+        fastops_tensor t = dense(slot, number, {pages, Hkv, page});
+        std::swap(t.size[1], t.size[2]);
+        std::swap(t.stride[1], t.stride[2]);
+        return t;
+      }
+      default:
+        return dense(slot, number, {pages, page, Hkv});
+    }
+  };
+  const auto side = [&](const fastops_tensor& c, int64_t dim, fastops_tensor* scale, fastops_tensor* zero,
+                        fastops_tensor* min) {
+    if (c.dtype == dtype || (c.dtype != FASTOPS_U8 && r.one_in(3))) return;
+    *scale = numbers(BIAS, dim);
+    if (r.one_in(3)) return;
+    fastops_tensor* shift = r.one_in(2) ? zero : min;
+    *shift = *scale;
+    shift->data =
+        region(SINKS).last(Region::kSize) + (static_cast<char*>(scale->data) - region(BIAS).last(Region::kSize));
+  };
+  side(d.k, D, &kv.k_scale, &kv.k_zero, &kv.k_min);
+  side(d.v, Dv, &kv.v_scale, &kv.v_zero, &kv.v_min);
+  const int64_t room = r.below(5), R = r.below(20);
+  d.block_table = dense(TABLE, FASTOPS_I32, {B, room});
+  d.seq_lens = dense(LENS, FASTOPS_I32, {B});
+  for (int64_t i = 0; i < B * room; ++i)
+    static_cast<int32_t*>(d.block_table.data)[i] = static_cast<int32_t>(r.below(pages));
+  const bool window = r.one_in(3);
+  if (window) {
+    kv.k_recent = dense(SLOPES, dtype, {B, R, Hkv, D});
+    kv.v_recent = dense(SLOPES, dtype, {B, R, Hkv, Dv});
+    kv.packed_lens = dense(CU_K, FASTOPS_I32, {B});
+  }
+  for (int64_t i = 0; i < B; ++i) {
+    const int64_t packed = r.below(room * page + 1);
+    static_cast<int32_t*>(d.seq_lens.data)[i] = static_cast<int32_t>(packed + (window ? r.below(R + 1) : 0));
+    if (window) static_cast<int32_t*>(kv.packed_lens.data)[i] = static_cast<int32_t>(packed);
+  }
+  if (r.one_in(6))
+    static_cast<int32_t*>(d.seq_lens.data)[r.below(B)] = static_cast<int32_t>(r.pick({-1, 999, INT32_MAX}));
+  if (window && r.one_in(6))
+    static_cast<int32_t*>(kv.packed_lens.data)[r.below(B)] = static_cast<int32_t>(r.pick({-1, 999, INT32_MAX}));
+  fastops_tensor* tensors[] = {&d.q,        &d.k,         &d.v,         &d.out,         &d.lse,      &d.block_table,
+                               &d.seq_lens, &kv.k_scale,  &kv.k_zero,   &kv.k_min,      &kv.v_scale, &kv.v_zero,
+                               &kv.v_min,   &kv.k_recent, &kv.v_recent, &kv.packed_lens};
+  const int slots[] = {Q, K, V, OUT, LSE, TABLE, LENS, BIAS, SINKS, SINKS, BIAS, SINKS, SINKS, SLOPES, SLOPES, CU_K};
+  constexpr int kTensors = 16;
+  for (int64_t n = r.pick({0, 0, 1, 1, 2}); n > 0; --n) {
+    const int64_t which = r.below(kTensors + 3);
+    if (which < kTensors)
+      spoil_tensor(r, tensors[which], which == 5 || which == 6 || which == 15);
+    else if (which == kTensors)
+      kv.struct_size = static_cast<uint32_t>(r.pick({0, sizeof kv + 8}));
+    else
+      (which == kTensors + 1 ? kv.k_bits : kv.v_bits) = static_cast<int32_t>(r.pick({-1, 0, 1, 2, 4, 8, INT32_MAX}));
+  }
+  char message[FASTOPS_MESSAGE_SIZE] = "";
+  const fastops_status status = fastops_attention_check(&d, message);
+  sane(status, message);
+  ++(status == FASTOPS_OK ? g_count.accepted : g_count.refused);
+  if (status != FASTOPS_OK) return;
+  for (int i = 0; i < kTensors; ++i)
+    if (!in_memory(slots[i], *tensors[i])) return;
+  if (work(d) == INT64_MAX) return;
+  run([&](fastops_env* env) { return fastops_attention_fwd(&d, env); },
+      [&](fastops_env* env, size_t* bytes) { return fastops_attention_workspace(&d, env, bytes); }, {OUT, LSE},
+      !overlaps_itself(d.out) && !overlaps_itself(d.lse));
+}
