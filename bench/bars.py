@@ -22,6 +22,7 @@ BARS = [
     Bar("attention-decode", "share", 0.85),
     Bar("paged-decode", "vs:dense", 0.95),
     Bar("paged-decode-shuffled", "vs:dense", 0.75),  # the read itself is that much slower
+    Bar("kv-kv4", "vs:bf16", 2.5),
     Bar("int4-float-stream", "share", 0.88),
     Bar("int4-float-stream", "vs:torch", 1.0),
     Bar("int4-float-stream", "vs:onnxruntime", 1.0),

@@ -150,8 +150,9 @@ def run_cases(cases: list[Case], args: argparse.Namespace, ceilings: Ceilings) -
         for case in cases:
             bar.start(case.label)
             rivals = [r for r in split(args.compare) if r in case.run]
-            if case.tags & {"paged-decode", "paged-decode-shuffled"} and "dense" not in rivals:
-                rivals.append("dense")
+            rivals += [
+                r for r in ("dense", "bf16") if case.op == "attention_paged" and r in case.run and r not in rivals
+            ]
             torch.manual_seed(0)
             first = case.make()
             inputs = [first, *(case.make() for _ in range(copies_for(case.bytes, case.kind) - 1))]
