@@ -46,6 +46,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DFASTOPS_SANITIZE={sanitize}",
+            f"-DFASTOPS_CUDA_ARCHS={os.environ.get('FASTOPS_CUDA_ARCHS', '').replace(' ', ';')}",
             "-DCMAKE_INSTALL_MESSAGE=NEVER",
         ]  # fmt: skip
         for command in (

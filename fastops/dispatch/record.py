@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-# torch: compositions of torch's own operators, where nothing of ours would be faster
-PROVIDERS = ("cpp", "cuda", "triton", "torch", "reference")
+# torch: compositions of torch's own operators, where nothing of ours would be faster. cuda-emulated: the CUDA kernels,
+# every thread run on the CPU; only on request (it is slow).
+PROVIDERS = ("cpp", "cuda", "cuda-emulated", "triton", "torch", "reference")
 
 
 @dataclass(frozen=True, slots=True)

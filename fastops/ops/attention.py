@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, is_grad_enabled
 from torch.compiler import is_compiling
 
-from fastops import _ops
+from fastops import _cuda, _ops
 from fastops.dispatch.record import Call, Implementation
 from fastops.dispatch.select import Operator
 from fastops.ops import _common as common
@@ -170,6 +170,14 @@ operator = Operator(
     "attention",
     [
         _CPP,
+        Implementation("cuda", run_cpp, _cuda.why_not_attention(False), 10, source="docs/design/007-cuda.md"),
+        Implementation(
+            "cuda-emulated",
+            _cuda.emulated("attention"),
+            _cuda.why_not_attention(True),
+            -10,
+            source="docs/design/007-cuda.md",
+        ),
         Implementation("reference", reference, common.always, 0, source="fastops/ops/_common.py"),
     ],
     validate,
@@ -278,6 +286,7 @@ def _elsewhere_out(*args: Any, out: Tensor, lse: Tensor | None = None, **options
 
 _ops.implement_elsewhere("attention", _elsewhere)
 _ops.implement_elsewhere("attention_out", _elsewhere_out)
+_cuda.implement("attention", _elsewhere)
 
 
 @torch.library.register_fake("fastops::attention_backward")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastops import _ops
+from fastops import _cuda, _ops
 from fastops.dispatch.record import Call, Implementation
 from fastops.dispatch.select import Operator
 from fastops.ops import _common as common
@@ -159,6 +159,14 @@ operator = Operator(
     "attention_varlen",
     [
         Implementation("cpp", run_cpp, common.cpp_why_not, 10, source="docs/design/003-cpu-attention.md"),
+        Implementation("cuda", run_cpp, _cuda.why_not_attention(False), 10, source="docs/design/007-cuda.md"),
+        Implementation(
+            "cuda-emulated",
+            _cuda.emulated("attention_varlen"),
+            _cuda.why_not_attention(True),
+            -10,
+            source="docs/design/007-cuda.md",
+        ),
         Implementation("reference", reference, common.always, 0, source="fastops/ops/attention_varlen.py"),
     ],
     validate,
@@ -241,6 +249,7 @@ def _elsewhere_out(*args: Any, out: Tensor, lse: Tensor | None = None, **options
 
 _ops.implement_elsewhere("attention_varlen", _elsewhere)
 _ops.implement_elsewhere("attention_varlen_out", _elsewhere_out)
+_cuda.implement("attention_varlen", _elsewhere)
 
 
 @torch.library.register_fake("fastops::attention_varlen_backward")

@@ -7,7 +7,7 @@
 #include "core/isa.h"
 #include "core/parallel.h"
 #include "core/status.h"
-#include "cpu/attention/check.h"
+#include "core/attention_check.h"
 #include "cpu/attention/merge.h"
 
 namespace fastops::cpu {

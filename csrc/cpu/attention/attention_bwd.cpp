@@ -5,7 +5,7 @@
 #include "core/parallel.h"
 #include "core/status.h"
 #include "cpu/attention/attention.h"
-#include "cpu/attention/check.h"
+#include "core/attention_check.h"
 
 namespace fastops::cpu {
 

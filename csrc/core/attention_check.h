@@ -1,13 +1,14 @@
 // Validity of attention calls, and their flattening. The one owner of the C API's refusals.
 #pragma once
-#include "cpu/attention/attention.h"
+#include "core/attention_params.h"
 #include "fastops/fastops.h"
 
-namespace fastops::cpu {
+namespace fastops {
 
-// Checks shapes, strides, dtypes and the contents of the index tensors; on success fills everything in `p` but the
-// plan.
-fastops_status check_attention(const fastops_attention_desc& d, AttentionParams* p, char* message);
+// Checks shapes, strides, dtypes and the contents of the index tensors (these not where they lie in a device's memory);
+// on success fills everything in `p` but the plan.
+fastops_status check_attention(const fastops_attention_desc& d, AttentionParams* p, char* message,
+                               bool on_device = false);
 
 // The quantised side of a paged call. kinds(): dtypes and widths, before the layout is known; the rest after it.
 fastops_status check_kv_kinds(const fastops_attention_desc& d, AttentionParams* p, char* message);
@@ -17,4 +18,4 @@ inline int64_t kv_channels(int32_t kind, int64_t columns) {
   return kind == kKvU4 ? columns * 2 : kind == kKvU2 ? columns * 4 : columns;
 }
 
-}  // namespace fastops::cpu
+}  // namespace fastops

@@ -1,8 +1,8 @@
 // What makes a quantised paged cache valid.
 #include "core/checks.h"
-#include "cpu/attention/check.h"
+#include "core/attention_check.h"
 
-namespace fastops::cpu {
+namespace fastops {
 namespace {
 
 using Tensor = fastops_tensor;
@@ -135,4 +135,4 @@ fastops_status check_kv_scales(const fastops_attention_desc& d, AttentionParams*
   return FASTOPS_OK;
 }
 
-}  // namespace fastops::cpu
+}  // namespace fastops

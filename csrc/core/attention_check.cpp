@@ -1,11 +1,11 @@
-#include "cpu/attention/check.h"
+#include "core/attention_check.h"
 
 #include <cmath>
 #include <initializer_list>
 
 #include "core/status.h"
 
-namespace fastops::cpu {
+namespace fastops {
 namespace {
 
 using Tensor = fastops_tensor;
@@ -100,9 +100,11 @@ fastops_status check_dense_last(const char* name, const Tensor& t, char* message
 }
 
 // int32 [B+1], from 0, never falling, ending at most at `total`.
-fastops_status check_cu(const char* name, const Tensor& t, int64_t B, const char* of, int64_t total, char* message) {
+fastops_status check_cu(const char* name, const Tensor& t, int64_t B, const char* of, int64_t total, char* message,
+                        bool on_device) {
   TRY(check_dtype(name, t, FASTOPS_I32, message));
   TRY(check_shape(name, t, {B + 1}, message));
+  if (on_device) return FASTOPS_OK;
   const auto* x = static_cast<const int32_t*>(t.data);
   if (x[0] != 0) REFUSE(FASTOPS_ERR_VALUE, "attention: %s[0] must be 0, got %d", name, x[0]);
   for (int64_t i = 0; i < B; ++i) {
@@ -265,8 +267,10 @@ fastops_status check_layout(const fastops_attention_desc& d, AttentionParams* p,
   return FASTOPS_OK;
 }
 
-fastops_status check_indices(const fastops_attention_desc& d, AttentionParams* p, char* message) {
+fastops_status check_indices(const fastops_attention_desc& d, AttentionParams* p, char* message, bool on_device) {
   const int64_t T = d.q.size[0];
+  p->q_rows = T;
+  p->k_rows = d.k.size[0];
   if (p->paged) {
     TRY(check_dtype("seq_lens", d.seq_lens, FASTOPS_I32, message));
     TRY(check_dtype("block_table", d.block_table, FASTOPS_I32, message));
@@ -282,13 +286,15 @@ fastops_status check_indices(const fastops_attention_desc& d, AttentionParams* p
     p->page_mask = static_cast<int32_t>(page - 1);
     for (p->page_shift = 0; (int64_t{1} << p->page_shift) < page; ++p->page_shift) {
     }
+    p->pages = d.k.size[0];
+    p->max_pages = d.block_table.size[1];
     p->table = static_cast<const int32_t*>(d.block_table.data);
     p->table_sb = d.block_table.stride[0];
     p->table_sp = d.block_table.stride[1];
     p->seq_lens = static_cast<const int32_t*>(d.seq_lens.data);
     p->seq_stride = d.seq_lens.stride[0];
     if (given(d.cu_seqlens_q)) {
-      TRY(check_cu("cu_seqlens_q", d.cu_seqlens_q, p->B, "q", T, message));
+      TRY(check_cu("cu_seqlens_q", d.cu_seqlens_q, p->B, "q", T, message, on_device));
       p->cu_q = static_cast<const int32_t*>(d.cu_seqlens_q.data);
       p->cu_q_stride = d.cu_seqlens_q.stride[0];
     } else {
@@ -299,7 +305,7 @@ fastops_status check_indices(const fastops_attention_desc& d, AttentionParams* p
       p->queries_per_seq = p->B ? T / p->B : 0;
     }
     if (p->quant) TRY(check_kv_scales(d, p, message));
-    return check_pages(d, *p, message);
+    return on_device ? FASTOPS_OK : check_pages(d, *p, message);
   }
   if (p->ragged) {
     if (!given(d.cu_seqlens_q) || !given(d.cu_seqlens_k))
@@ -307,8 +313,8 @@ fastops_status check_indices(const fastops_attention_desc& d, AttentionParams* p
     if (d.cu_seqlens_q.ndim != 1 || d.cu_seqlens_q.size[0] < 1)
       REFUSE(FASTOPS_ERR_VALUE, "attention: cu_seqlens_q must have shape [B + 1]");
     p->B = d.cu_seqlens_q.size[0] - 1;
-    TRY(check_cu("cu_seqlens_q", d.cu_seqlens_q, p->B, "q", T, message));
-    TRY(check_cu("cu_seqlens_k", d.cu_seqlens_k, p->B, "k", d.k.size[0], message));
+    TRY(check_cu("cu_seqlens_q", d.cu_seqlens_q, p->B, "q", T, message, on_device));
+    TRY(check_cu("cu_seqlens_k", d.cu_seqlens_k, p->B, "k", d.k.size[0], message, on_device));
     p->cu_q = static_cast<const int32_t*>(d.cu_seqlens_q.data);
     p->cu_q_stride = d.cu_seqlens_q.stride[0];
     p->cu_k = static_cast<const int32_t*>(d.cu_seqlens_k.data);
@@ -319,14 +325,14 @@ fastops_status check_indices(const fastops_attention_desc& d, AttentionParams* p
 
 }  // namespace
 
-fastops_status check_attention(const fastops_attention_desc& d, AttentionParams* p, char* message) {
+fastops_status check_attention(const fastops_attention_desc& d, AttentionParams* p, char* message, bool on_device) {
   *p = AttentionParams{};
   if (d.struct_size != sizeof(fastops_attention_desc))
     REFUSE(FASTOPS_ERR_VALUE, "attention: struct_size is %u, this library knows %zu", d.struct_size,
            sizeof(fastops_attention_desc));
   if (d.q.dtype != FASTOPS_F32 && d.q.dtype != FASTOPS_F16 && d.q.dtype != FASTOPS_BF16)
     REFUSE(d.q.dtype == FASTOPS_F64 ? FASTOPS_ERR_UNSUPPORTED : FASTOPS_ERR_TYPE,
-           "attention: q is %s, the CPU kernels take float32, float16 and bfloat16", dtype_name(d.q.dtype));
+           "attention: q is %s, the kernels take float32, float16 and bfloat16", dtype_name(d.q.dtype));
   if (d.kv != nullptr) {
     TRY(check_kv_kinds(d, p, message));
   } else {
@@ -336,7 +342,7 @@ fastops_status check_attention(const fastops_attention_desc& d, AttentionParams*
   if (d.out.dtype != FASTOPS_F32) TRY(check_dtype("out", d.out, d.q.dtype, message));
   if (given(d.lse)) TRY(check_dtype("lse", d.lse, FASTOPS_F32, message));
   TRY(check_layout(d, p, message));
-  TRY(check_indices(d, p, message));
+  TRY(check_indices(d, p, message, on_device));
   TRY(check_extras(d, p, message));
   TRY(check_dense_last("q", d.q, message));
   TRY(check_dense_last("k", d.k, message));
@@ -364,4 +370,4 @@ fastops_status check_attention(const fastops_attention_desc& d, AttentionParams*
   return FASTOPS_OK;
 }
 
-}  // namespace fastops::cpu
+}  // namespace fastops

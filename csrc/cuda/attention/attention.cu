@@ -1,0 +1,117 @@
+// The attention C API on a GPU: checks, the choice of kernel and splits, the launches.
+#include "core/attention_check.h"
+#include "cuda/attention/attention_sm80.cuh"
+#include "cuda/launch.h"
+
+namespace fastops::cuda {
+namespace {
+
+// What the kernels do not do, in words; NULL: nothing.
+const char* refusal(const fastops_attention_desc& d, const AttentionParams& p) {
+  if (d.q.dtype != FASTOPS_F16 && d.q.dtype != FASTOPS_BF16) return "q is float32 (the kernels take float16, bfloat16)";
+  if (p.quant) return "the cache is quantised";
+  if (p.bias) return "there is an attn_mask";
+  if (p.D % 8 != 0 || p.Dv % 8 != 0) return "head sizes are not multiples of 8";
+  const auto aligned = [](const void* data, std::initializer_list<int64_t> strides) {
+    for (int64_t s : strides)
+      if (s % 8 != 0) return false;
+    return reinterpret_cast<uintptr_t>(data) % 16 == 0;
+  };
+  if (!aligned(p.q, {p.q_sb, p.q_ss, p.q_sh}) || !aligned(p.k, {p.k_sb, p.k_ss, p.k_sh}) ||
+      !aligned(p.v, {p.v_sb, p.v_ss, p.v_sh}) || !aligned(p.out, {p.o_sb, p.o_ss, p.o_sh}))
+    return "rows of q, k, v and out do not all begin at multiples of 16 bytes";
+  return nullptr;
+}
+
+struct Plan {
+  AttentionArgs a{};
+  Device device{};
+  int dim = 0;
+  int64_t blocks = 0;  // of rows
+  size_t partial = 0, bytes = 0;
+};
+
+fastops_status plan_of(const fastops_attention_desc& d, fastops_cuda_env* env, Plan* plan) {
+  fastops_status status = device_of(env, &plan->device);
+  if (status != FASTOPS_OK) return status;
+  AttentionParams& p = plan->a.p;
+  status = check_attention(d, &p, env->message, true);
+  if (status != FASTOPS_OK) return status;
+  if (const char* why = refusal(d, p)) {
+    set_message(env->message, "attention: %s", why);
+    return FASTOPS_ERR_UNSUPPORTED;
+  }
+  plan->dim = attention_dim(p.D, p.Dv);
+  // Lengths lie on the device: what the tensors have room for stands in for them.
+  const int64_t queries = p.cu_q ? p.q_rows : p.paged ? p.queries_per_seq : p.Sq;
+  const int64_t keys = p.paged ? p.max_pages << p.page_shift : p.ragged ? p.k_rows : p.Sk;
+  plan->a.rows = queries * p.G;
+  plan->blocks = (plan->a.rows + kAttentionRows - 1) / kAttentionRows;
+  const int64_t per_key = p.cu_q ? p.B * p.Hkv : plan->blocks * p.Hkv * p.B;
+  const int tile = attention_keys(plan->dim);
+  plan->a.splits = attention_splits(per_key, keys, plan->dim, plan->device.sm_count);
+  const int64_t split = (keys + plan->a.splits - 1) / plan->a.splits;
+  plan->a.split_keys = (split + tile - 1) / tile * tile;
+  if (plan->a.splits > 1) {
+    const auto slots = static_cast<size_t>(p.B * plan->a.splits * p.Hkv * plan->a.rows);
+    plan->partial = slots * static_cast<size_t>(p.Dv) * sizeof(float);
+    plan->bytes = plan->partial + slots * sizeof(float);
+  }
+  return FASTOPS_OK;
+}
+
+template <class T, int kDim, class Keys>
+fastops_status run(const Plan& plan, fastops_cuda_env* env) {
+  const AttentionArgs& a = plan.a;
+  const Grid grid{plan.blocks, a.p.Hkv, a.p.B * a.splits, kAttentionThreads, attention_shared(kDim)};
+  fastops_status status = launch<attention_sm80<T, kDim, Keys>>(grid, env, a);
+  constexpr int kWarps = kAttentionThreads / 32;
+  if (status == FASTOPS_OK && a.splits > 1)
+    status = launch<attention_merge<T>>({(a.rows + kWarps - 1) / kWarps, a.p.Hkv, a.p.B, kAttentionThreads, 0}, env, a);
+  if (status == FASTOPS_OK && a.p.cu_q)
+    status = launch<attention_tail<T>>({a.p.q_rows, a.p.Hq, 1, kAttentionThreads, 0}, env, a);
+  return status;
+}
+
+template <class T, class Keys>
+fastops_status run_dim(const Plan& plan, fastops_cuda_env* env) {
+  if (plan.dim == 64) return run<T, 64, Keys>(plan, env);
+  if (plan.dim == 128) return run<T, 128, Keys>(plan, env);
+  return run<T, 256, Keys>(plan, env);
+}
+
+template <class T>
+fastops_status run_keys(const Plan& plan, fastops_cuda_env* env) {
+  return plan.a.p.paged ? run_dim<T, PagedKeys<T>>(plan, env) : run_dim<T, DenseKeys<T>>(plan, env);
+}
+
+}  // namespace
+}  // namespace fastops::cuda
+
+using namespace fastops;
+using namespace fastops::cuda;
+
+extern "C" fastops_status fastops_cuda_attention_workspace(const fastops_attention_desc* desc, fastops_cuda_env* env,
+                                                           size_t* bytes) {
+  Plan plan;
+  const fastops_status status = plan_of(*desc, env, &plan);
+  *bytes = plan.bytes;
+  return status;
+}
+
+extern "C" fastops_status fastops_cuda_attention_fwd(const fastops_attention_desc* desc, fastops_cuda_env* env) {
+  Plan plan;
+  fastops_status status = plan_of(*desc, env, &plan);
+  if (status != FASTOPS_OK) return status;
+  if (plan.bytes > 0) {
+    if (env->workspace == nullptr || env->workspace_size < plan.bytes) {
+      set_message(env->message, "attention: workspace has %zu bytes, needs %zu", env->workspace_size, plan.bytes);
+      return FASTOPS_ERR_WORKSPACE;
+    }
+    plan.a.partial_out = static_cast<float*>(env->workspace);
+    plan.a.partial_lse = reinterpret_cast<float*>(static_cast<char*>(env->workspace) + plan.partial);
+  }
+  env->variant = "sm80";
+  if (plan.a.p.B == 0 || plan.a.p.Hq == 0 || plan.a.rows == 0) return FASTOPS_OK;
+  return plan.a.p.dtype == FASTOPS_F16 ? run_keys<f16>(plan, env) : run_keys<bf16>(plan, env);
+}

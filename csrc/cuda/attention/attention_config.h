@@ -1,0 +1,35 @@
+// Tiles and splits of the attention kernels: pure functions of shapes and of the device.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "core/attention_params.h"
+
+namespace fastops::cuda {
+
+constexpr int kAttentionThreads = 128;
+constexpr int kAttentionRows = 64;  // of a block: (query, head of the group) pairs; sixteen a warp
+
+FASTOPS_SHARED constexpr int attention_dim(int D, int Dv) {  // the head size a kernel is made for
+  const int d = D > Dv ? D : Dv;
+  return d <= 64 ? 64 : d <= 128 ? 128 : 256;
+}
+FASTOPS_SHARED constexpr int attention_keys(int dim) { return dim <= 128 ? 64 : 32; }
+FASTOPS_SHARED constexpr size_t attention_shared(int dim) {
+  return static_cast<size_t>(kAttentionRows + 2 * attention_keys(dim)) * static_cast<size_t>(dim) * 2 + 16;
+}
+// Registers allow so many blocks on a multiprocessor at once.
+FASTOPS_SHARED constexpr int attention_blocks_per_sm(int dim) { return dim <= 64 ? 3 : dim <= 128 ? 2 : 1; }
+
+// Parts the keys of a sequence are split into, so that a few long sequences fill the device: enough blocks for each
+// multiprocessor once, at least four tiles of keys each, at most 32.
+inline int64_t attention_splits(int64_t blocks, int64_t keys, int dim, int sm_count) {
+  const int64_t slots = static_cast<int64_t>(sm_count) * attention_blocks_per_sm(dim);
+  if (blocks <= 0 || blocks * 2 > slots) return 1;
+  const int64_t least = 4 * attention_keys(dim);
+  int64_t splits = slots / blocks;
+  if (splits > (keys + least - 1) / least) splits = (keys + least - 1) / least;
+  return splits < 1 ? 1 : splits > 32 ? 32 : splits;
+}
+
+}  // namespace fastops::cuda

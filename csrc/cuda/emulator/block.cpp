@@ -1,0 +1,226 @@
+#include "cuda/emulator/block.h"
+
+#include <sys/mman.h>
+
+#include <cstring>
+#include <random>
+
+namespace fastops::emulator {
+namespace {
+
+thread_local Block* t_block = nullptr;
+constexpr size_t kPage = 4096;
+
+std::string at(const Place& p) {
+  const char* name = std::strrchr(p.file, '/');
+  return std::string(p.what) +
+         (p.line ? std::string(" (") + (name ? name + 1 : p.file) + ":" + std::to_string(p.line) + ")" : "");
+}
+
+}  // namespace
+
+Block& Block::current() { return *t_block; }
+
+Block::~Block() {
+  for (Thread* t : pool_) delete t;
+  if (map_ != nullptr) munmap(map_, mapped_);
+}
+
+// Shared memory ends at an unreadable page (and begins behind one), so that a plain access outside it stops the
+// process.
+void Block::reserve_shared(size_t bytes) {
+  const size_t need = (bytes + kPage - 1) / kPage * kPage;
+  if (mapped_ < need + 2 * kPage) {
+    if (map_ != nullptr) munmap(map_, mapped_);
+    mapped_ = need + 2 * kPage;
+    map_ = static_cast<char*>(mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    mprotect(map_, kPage, PROT_NONE);
+    mprotect(map_ + mapped_ - kPage, kPage, PROT_NONE);
+  }
+  shared_ = map_ + mapped_ - kPage - (bytes + 127) / 128 * 128;
+  shared_bytes_ = bytes;
+  std::memset(shared_, 0xff, bytes);
+}
+
+std::string Block::places() const {
+  std::string s;
+  for (int w = 0; w * kWarp < threads_; ++w) {
+    s += "\n  warp " + std::to_string(w) + ": ";
+    int first = w * kWarp;
+    const int end = first + kWarp < threads_ ? first + kWarp : threads_;
+    for (int i = first; i < end;) {  // runs of lanes that stand at one place
+      int j = i + 1;
+      const auto where = [&](int t) {
+        return pool_[static_cast<size_t>(t)]->fiber.done() ? std::string("ended")
+                                                           : at(pool_[static_cast<size_t>(t)]->place);
+      };
+      const std::string here = where(i);
+      while (j < end && where(j) == here) ++j;
+      s += "lanes " + std::to_string(i - first) + " to " + std::to_string(j - 1 - first) + " " + here + "; ";
+      i = j;
+    }
+  }
+  return s;
+}
+
+void Block::fail(const std::string& why) {
+  if (!failed_) {
+    failed_ = true;
+    message_ = why + ", in block (" + std::to_string(index_.x) + ", " + std::to_string(index_.y) + ", " +
+               std::to_string(index_.z) + ") of (" + std::to_string(grid_.x) + ", " + std::to_string(grid_.y) + ", " +
+               std::to_string(grid_.z) + ")" + places();
+  }
+  for (;;) Fiber::suspend();  // the block is given up; nobody resumes this thread
+}
+
+bool Block::run(int threads, size_t shared_bytes, Dim3 index, Dim3 grid, uint64_t seed, void (*body)(void*),
+                void* arg) {
+  Block* before = t_block;
+  t_block = this;
+  threads_ = threads;
+  index_ = index;
+  grid_ = grid;
+  failed_ = false;
+  body_ = body;
+  arg_ = arg;
+  reserve_shared(shared_bytes);
+  while (pool_.size() < static_cast<size_t>(threads)) pool_.push_back(new Thread);
+  for (int i = 0; i < threads; ++i) {
+    Thread& t = *pool_[static_cast<size_t>(i)];
+    t.index = i;
+    t.place = Place{};
+    t.perform = nullptr;
+    t.args = nullptr;
+    t.open.clear();
+    t.groups.clear();
+    t.fiber.start(
+        [](void* block) {
+          auto* b = static_cast<Block*>(block);
+          b->body_(b->arg_);
+          Thread& me = b->me();
+          size_t left = me.open.size();
+          for (const auto& g : me.groups) left += g.size();
+          if (left > 0)
+            b->fail("thread " + std::to_string(me.index) + " ended with " + std::to_string(left) +
+                    " cp.async copies that nobody waited for");
+        },
+        this);
+  }
+  const int warps = (threads + kWarp - 1) / kWarp;
+  std::mt19937_64 random(seed * 0x9e3779b97f4a7c15ull +
+                         static_cast<uint64_t>(index.x + 7919 * index.y + 104729 * index.z));
+  enum { kReady, kBarrier, kEnded };
+  std::vector<int> state(static_cast<size_t>(warps), kReady);
+  std::vector<int> ready;
+  while (!failed_) {
+    ready.clear();
+    for (int w = 0; w < warps; ++w)
+      if (state[static_cast<size_t>(w)] == kReady) ready.push_back(w);
+    if (ready.empty()) {
+      bool any = false, all = true;
+      for (int s : state) {
+        any = any || s == kBarrier;
+        all = all && s == kEnded;
+      }
+      if (all) break;
+      if (!any) break;
+      for (int& s : state)  // every thread that has not ended stands at the barrier
+        if (s == kBarrier) s = kReady;
+      continue;
+    }
+    const int w = ready[random() % ready.size()];
+    if (!run_warp(w)) break;
+    const int first = w * kWarp, end = first + kWarp < threads ? first + kWarp : threads;
+    int ended = 0;
+    bool together = true;
+    Thread* lead = nullptr;
+    for (int i = first; i < end; ++i) {
+      Thread& t = *pool_[static_cast<size_t>(i)];
+      if (t.fiber.done()) {
+        ++ended;
+        continue;
+      }
+      if (lead == nullptr) lead = &t;
+      together = together && t.place.same(lead->place) && t.perform == lead->perform;
+    }
+    if (ended == end - first) {
+      state[static_cast<size_t>(w)] = kEnded;
+    } else if (!together || (lead->perform != nullptr && ended > 0)) {
+      failed_ = true;
+      message_ = "lanes of warp " + std::to_string(w) + " do not meet" + places();
+    } else if (lead->perform == nullptr) {
+      state[static_cast<size_t>(w)] = kBarrier;
+    } else {
+      void* args[kWarp] = {};
+      for (int i = first; i < end; ++i) args[i - first] = pool_[static_cast<size_t>(i)]->args;
+      lead->perform(args);
+    }
+  }
+  t_block = before;
+  return !failed_;
+}
+
+// Each lane up to where it has to meet others, or its end.
+bool Block::run_warp(int warp) {
+  const int first = warp * kWarp, end = first + kWarp < threads_ ? first + kWarp : threads_;
+  for (int i = first; i < end; ++i) {
+    Thread& t = *pool_[static_cast<size_t>(i)];
+    if (t.fiber.done()) continue;
+    running_ = &t;
+    t.fiber.resume();
+    if (failed_) return false;
+  }
+  return true;
+}
+
+void Block::meet_warp(Place place, void* args, void (*perform)(void** args)) {
+  Thread& t = me();
+  t.place = place;
+  t.args = args;
+  t.perform = perform;
+  Fiber::suspend();
+  running_ = &t;
+}
+
+void Block::meet_block(Place place) { meet_warp(place, nullptr, nullptr); }
+
+void Block::check_shared(const void* at, size_t bytes, size_t align, Place place) {
+  const char* p = static_cast<const char*>(at);
+  me().place = place;
+  if (p < shared_ || p + bytes > shared_ + shared_bytes_)
+    fail(std::string(place.what) + ": shared address " + std::to_string(p - shared_) + " outside the " +
+         std::to_string(shared_bytes_) + " bytes of the block");
+  if (static_cast<size_t>(p - shared_) % align != 0)
+    fail(std::string(place.what) + ": shared address " + std::to_string(p - shared_) + " is not a multiple of " +
+         std::to_string(align));
+}
+
+void Block::copy(char* to, const char* from, Place place) {
+  check_shared(to, 16, 16, place);
+  if (reinterpret_cast<uintptr_t>(from) % 16 != 0)
+    fail(std::string(place.what) + ": the global address is not a multiple of 16");
+  std::memset(to, 0xff, 16);  // until it lands
+  me().open.push_back({to, from});
+}
+
+void Block::commit() {
+  Thread& t = me();
+  t.groups.push_back(std::move(t.open));
+  t.open.clear();
+}
+
+void Block::wait(size_t newest) {
+  auto& groups = me().groups;
+  while (groups.size() > newest) {
+    for (const Copy& c : groups.front()) {
+      if (c.from != nullptr) {
+        std::memcpy(c.to, c.from, 16);
+      } else {
+        std::memset(c.to, 0, 16);
+      }
+    }
+    groups.erase(groups.begin());
+  }
+}
+
+}  // namespace fastops::emulator

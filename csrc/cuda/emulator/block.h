@@ -1,0 +1,90 @@
+// A block of CUDA threads on the host: fibers, warps that meet at collectives, shared memory, copies in flight.
+//
+// What makes wrong programs fail here, as they may on a GPU:
+//   - warps take turns in an order drawn from a seed, and each runs until it has to meet others;
+//   - shared memory begins as NaN patterns, and a cp.async makes its destination one until the wait that covers it;
+//   - copies land only at that wait, in the thread that waits: others need a barrier to see them;
+//   - lanes of a warp that meet at different places, a warp that ends while others wait for it, copies nobody waited
+//   for and
+//     addresses outside shared memory are errors, and each names where every warp stands.
+#pragma once
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "cuda/emulator/fiber.h"
+
+namespace fastops::emulator {
+
+constexpr int kWarp = 32;
+constexpr int kMaxThreads = 1024;
+
+struct Dim3 {
+  int64_t x = 1, y = 1, z = 1;
+};
+
+// Where a thread stands: the name of what it waits for and the line of the kernel that says so.
+struct Place {
+  const char* what = "start";
+  const char* file = "";
+  int line = 0;
+  bool same(const Place& o) const { return what == o.what && file == o.file && line == o.line; }
+};
+
+struct Copy {
+  char* to;
+  const char* from;  // nullptr: zeros
+};
+
+struct Thread {
+  Fiber fiber;
+  int index = 0;
+  Place place;
+  void* args = nullptr;                    // of the collective it waits at
+  void (*perform)(void** args) = nullptr;  // what the whole warp then does; nullptr: a barrier of the block
+  std::vector<Copy> open;                  // copies of the group being gathered
+  std::vector<std::vector<Copy>> groups;   // committed, oldest first
+};
+
+class Block {
+ public:
+  static Block& current();  // of the running fiber
+
+  // Runs body(arg) on `threads` threads. False: message() says what went wrong.
+  bool run(int threads, size_t shared_bytes, Dim3 index, Dim3 grid, uint64_t seed, void (*body)(void*), void* arg);
+  const std::string& message() const { return message_; }
+
+  // For the vocabulary, from within a thread.
+  Thread& me() { return *running_; }
+  int threads() const { return threads_; }
+  const Dim3& index() const { return index_; }
+  char* shared() { return shared_; }
+  void meet_warp(Place place, void* args, void (*perform)(void** args));
+  void meet_block(Place place);
+  void check_shared(const void* at, size_t bytes, size_t align, Place place);
+  void copy(char* to, const char* from, Place place);
+  void commit();
+  void wait(size_t newest);
+  [[noreturn]] void fail(const std::string& why);
+
+  ~Block();
+
+ private:
+  void reserve_shared(size_t bytes);
+  bool run_warp(int warp);
+  std::string places() const;
+
+  std::vector<Thread*> pool_;
+  int threads_ = 0;
+  Dim3 index_, grid_;
+  char* shared_ = nullptr;
+  size_t shared_bytes_ = 0, mapped_ = 0;
+  char* map_ = nullptr;
+  Thread* running_ = nullptr;
+  void (*body_)(void*) = nullptr;
+  void* arg_ = nullptr;
+  bool failed_ = false;
+  std::string message_;
+};
+
+}  // namespace fastops::emulator

@@ -1,0 +1,48 @@
+/* The CUDA half of the C API: the same descriptors (fastops.h), over device memory, on a stream.
+ *
+ * libfastops_cuda holds it for GPUs; libfastops_emulated holds the same functions, built from the same kernel sources,
+ * over host memory: every thread of a block is run on the CPU, with the checks of csrc/cuda/emulator (slow, and for
+ * debuggers).
+ *
+ * No function here allocates, synchronises or reads device memory on the host; lengths and page tables stay on the
+ * device and are checked there: a sequence whose indices point outside its tensors gives NaN. */
+#ifndef FASTOPS_FASTOPS_CUDA_H
+#define FASTOPS_FASTOPS_CUDA_H
+
+#include "fastops/fastops.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef struct fastops_cuda_env {
+  uint32_t struct_size;
+  int32_t arch;     /* compute capability times ten, e.g. 90; 0: ask the device */
+  int32_t sm_count; /* 0: ask the device */
+  int32_t reserved;
+  void* stream;    /* cudaStream_t */
+  void* workspace; /* device memory of at least *_workspace() bytes, 256-byte aligned; may be NULL when that is 0 */
+  size_t workspace_size; /* in bytes */
+  char* message;         /* NULL or FASTOPS_MESSAGE_SIZE bytes */
+  const char* variant;   /* out: the kernel that ran, e.g. "sm80" (static storage) */
+  uint64_t seed;         /* emulator: draws the order in which warps take turns */
+} fastops_cuda_env;
+
+FASTOPS_API const char* fastops_cuda_version(void);
+/* 1 for the emulator. */
+FASTOPS_API int fastops_cuda_emulated(void);
+/* Architectures this library holds code for, e.g. "80 86 90a"; "" for the emulator. */
+FASTOPS_API const char* fastops_cuda_archs(void);
+
+FASTOPS_API fastops_status fastops_cuda_attention_workspace(const fastops_attention_desc* desc, fastops_cuda_env* env,
+                                                            size_t* bytes);
+FASTOPS_API fastops_status fastops_cuda_attention_fwd(const fastops_attention_desc* desc, fastops_cuda_env* env);
+FASTOPS_API fastops_status fastops_cuda_merge_states(const fastops_merge_states_desc* desc, fastops_cuda_env* env);
+FASTOPS_API fastops_status fastops_cuda_norm(const fastops_norm_desc* desc, fastops_cuda_env* env);
+FASTOPS_API fastops_status fastops_cuda_gated(const fastops_gated_desc* desc, fastops_cuda_env* env);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -1,0 +1,263 @@
+"""The CUDA half of the C API (csrc/include/fastops/fastops_cuda.h) from Python: libfastops_cuda on GPUs, and
+libfastops_emulated, the same kernels with every thread run on the CPU (docs/design/007-cuda.md).
+
+ctypes, so that a wheel built beside a torch without CUDA serves one with it. A call costs more on the host than a C++
+binding would (its price on a GPU machine is not measured yet); kernels are only put on the stream.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import warnings
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastops import _ops
+from fastops.dispatch.record import Call
+from fastops.errors import FallbackWarning, NotSupportedError
+from fastops.ops import _common as common
+
+_MAX_DIMS = 5
+_MESSAGE = 512
+_OK, _VALUE, _TYPE, _UNSUPPORTED, _INTERNAL, _WORKSPACE = range(6)
+_DTYPES = {
+    torch.float32: 1, torch.float16: 2, torch.bfloat16: 3, torch.int32: 4, torch.int64: 5, torch.bool: 6,
+    torch.float64: 7, torch.uint8: 8, torch.int8: 9, torch.float8_e4m3fn: 10,
+}  # fmt: skip
+
+
+class _Tensor(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p), ("size", ctypes.c_int64 * _MAX_DIMS), ("stride", ctypes.c_int64 * _MAX_DIMS),
+        ("ndim", ctypes.c_int32), ("dtype", ctypes.c_int32),
+    )  # fmt: skip
+
+
+class _Env(ctypes.Structure):
+    _fields_ = (
+        ("struct_size", ctypes.c_uint32), ("arch", ctypes.c_int32), ("sm_count", ctypes.c_int32),
+        ("reserved", ctypes.c_int32), ("stream", ctypes.c_void_p), ("workspace", ctypes.c_void_p),
+        ("workspace_size", ctypes.c_size_t), ("message", ctypes.c_char_p), ("variant", ctypes.c_char_p),
+        ("seed", ctypes.c_uint64),
+    )  # fmt: skip
+
+
+_ATTENTION_TENSORS = (
+    "q", "k", "v", "out", "lse", "cu_seqlens_q", "cu_seqlens_k", "block_table", "seq_lens", "bias", "sinks",
+    "alibi_slopes",
+)  # fmt: skip
+
+
+class _Attention(ctypes.Structure):
+    _fields_ = (
+        ("struct_size", ctypes.c_uint32), ("align", ctypes.c_int32), *((n, _Tensor) for n in _ATTENTION_TENSORS),
+        ("scale", ctypes.c_float), ("softcap", ctypes.c_float), ("window_left", ctypes.c_int64),
+        ("window_right", ctypes.c_int64), ("kv", ctypes.c_void_p),
+    )  # fmt: skip
+
+
+def _view(t: Tensor | None) -> _Tensor:
+    r = _Tensor()
+    if t is None:
+        return r
+    if t.dim() > _MAX_DIMS:
+        raise ValueError(f"a tensor has {t.dim()} dimensions, at most {_MAX_DIMS} are known")
+    r.data, r.ndim, r.dtype = t.data_ptr(), t.dim(), _DTYPES.get(t.dtype, 0)
+    for i, (n, s) in enumerate(zip(t.shape, t.stride(), strict=True)):
+        r.size[i], r.stride[i] = n, s
+    return r
+
+
+class Library:
+    """One of the two libraries. `missing` says why there is none."""
+
+    def __init__(self, emulated: bool) -> None:
+        self.emulated = emulated
+        self.variant = ""
+        path = Path(__file__).parent / "lib" / f"libfastops_{'emulated' if emulated else 'cuda'}.so"
+        self.missing: str | None = None
+        if not path.exists():
+            self.missing = (
+                "the library is not built"
+                if emulated
+                else "no CUDA code in this build (set FASTOPS_CUDA_ARCHS to build it)"
+            )
+            return
+        try:
+            self.lib = ctypes.CDLL(str(path))
+        except OSError as error:
+            self.missing = f"{path.name} does not load: {error}"
+            return
+        self.lib.fastops_cuda_archs.restype = ctypes.c_char_p
+
+    def archs(self) -> str:
+        return "" if self.missing else self.lib.fastops_cuda_archs().decode()
+
+    def call(self, name: str, desc: ctypes.Structure, like: Tensor, workspace: bool = False) -> None:
+        """Runs fastops_cuda_<name>. What it refuses is raised, with its sentence."""
+        message = ctypes.create_string_buffer(_MESSAGE)
+        env = _Env(struct_size=ctypes.sizeof(_Env), message=ctypes.cast(message, ctypes.c_char_p))
+        env.seed = int(os.environ.get("FASTOPS_EMULATOR_SEED", "0"))
+        scratch = None  # kept until the launch: the stream's allocator reuses it only behind the kernel
+        if not self.emulated:
+            env.stream = torch.cuda.current_stream(like.device).cuda_stream
+        if workspace:
+            need = ctypes.c_size_t()
+            ask = getattr(self.lib, f"fastops_cuda_{name}_workspace")
+            self._check(ask(ctypes.byref(desc), ctypes.byref(env), ctypes.byref(need)), message)
+            if need.value:
+                scratch = torch.empty(need.value, dtype=torch.uint8, device=like.device)
+                env.workspace, env.workspace_size = scratch.data_ptr(), need.value
+        run = getattr(self.lib, f"fastops_cuda_{name}{'_fwd' if workspace else ''}")
+        self._check(run(ctypes.byref(desc), ctypes.byref(env)), message)
+        self.variant = env.variant.decode() if env.variant else ""
+
+    @staticmethod
+    def _check(status: int, message: Any) -> None:
+        if status == _OK:
+            return
+        text = message.value.decode()
+        kinds = {_VALUE: ValueError, _TYPE: TypeError, _UNSUPPORTED: NotSupportedError}
+        raise kinds.get(status, RuntimeError)(text)
+
+    def attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        causal: bool = False,
+        scale: float | None = None,
+        window_left: int = -1,
+        window_right: int = -1,
+        softcap: float = 0.0,
+        top_left: bool = False,
+        return_lse: bool = False,
+        out: Tensor | None = None,
+        lse: Tensor | None = None,
+        **tensors: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Any layout; `tensors` by their names in fastops_attention_desc. LSE is empty without return_lse."""
+        rows = (*q.shape[:-1],)
+        if out is None:
+            out = q.new_empty((*rows, v.shape[-1]))
+        if lse is None and return_lse:
+            shape = (q.shape[0], q.shape[2], q.shape[1]) if q.dim() == 4 else (q.shape[1], q.shape[0])
+            lse = q.new_empty(shape, dtype=torch.float32)
+        desc = _Attention(
+            struct_size=ctypes.sizeof(_Attention), align=int(top_left), softcap=softcap, window_left=window_left,
+            window_right=0 if causal else window_right,
+            scale=1.0 / math.sqrt(max(q.shape[-1], 1)) if scale is None else scale,
+        )  # fmt: skip
+        for name, t in {"q": q, "k": k, "v": v, "out": out, "lse": lse, **tensors}.items():
+            setattr(desc, name, _view(t))
+        self.call("attention", desc, q, workspace=True)
+        return out, q.new_empty((0,), dtype=torch.float32) if lse is None else lse
+
+
+@cache
+def library(emulated: bool) -> Library:
+    return Library(emulated)
+
+
+def why_not_attention(emulated: bool) -> Callable[[Call], str | None]:
+    """Whether the kernels take a call."""
+
+    def why_not(call: Call) -> str | None:
+        device = "cpu" if emulated else "cuda"
+        if call.device != device:
+            return f"device is {call.device} (needs {device})"
+        lib = library(emulated)
+        if lib.missing:
+            return lib.missing
+        if call.dtype not in (torch.float16, torch.bfloat16):
+            return f"dtype is {common.name_of(call.dtype)} (takes float16, bfloat16)"
+        if max(call.head_dim, call.head_dim_v) > common.MAX_HEAD_DIM:
+            return f"head size is {max(call.head_dim, call.head_dim_v)} (takes up to {common.MAX_HEAD_DIM})"
+        if call.dropout:
+            return "dropout_p is not 0 (the kernel has no dropout)"
+        if call.needs_reference_grad:
+            return f"{call.needs_reference_grad} requires a gradient (the kernel gives none for it)"
+        return None
+
+    return why_not
+
+
+_LAYOUTS = {
+    "attention": ("q", "k", "v"),
+    "attention_varlen": ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k"),
+    "attention_paged": ("q", "k", "v", "block_table", "seq_lens", "cu_seqlens_q"),
+}
+_ELSE = "the CUDA kernels do not take"
+
+
+def run_attention(lib: Library, layout: str, *args: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
+    """One of the three layouts, with the torch op's arguments. Raises NotSupportedError for what the kernels lack."""
+    tensors: dict[str, Any] = dict(zip(_LAYOUTS[layout], args, strict=False))
+    for name in ("attn_mask", "k_scale", "v_scale", "k_recent", "v_recent"):
+        if options.pop(name, None) is not None:
+            raise NotSupportedError(f"{layout}: {_ELSE} {name}")
+    for name in ("k_zero", "k_min", "v_zero", "v_min", "packed_lens", "k_bits", "v_bits"):
+        options.pop(name, None)
+    if tensors["k"].dtype != tensors["q"].dtype or tensors["v"].dtype != tensors["q"].dtype:
+        raise NotSupportedError(f"{layout}: {_ELSE} quantised keys or values")
+    q, k, v = (tensors.pop(n) for n in "qkv")
+    return lib.attention(q, k, v, **tensors, **options)
+
+
+def emulated(layout: str) -> Callable[..., Any]:
+    """The `run` of a row that takes CPU tensors through the emulator."""
+
+    def run(
+        *args: Tensor, window: tuple[int, int] = (-1, -1), return_lse: bool = False, out: Tensor | None = None,
+        sinks: Tensor | None = None, alibi_slopes: Tensor | None = None, quant: Any = None, **options: Any,
+    ) -> Any:  # fmt: skip
+        if common.any_grad(*args, sinks, alibi_slopes):
+            raise NotSupportedError(f"{layout}: the emulated kernels give no gradients; use torch.no_grad()")
+        if quant is not None:
+            raise NotSupportedError(f"{layout}: {_ELSE} quantised keys or values")
+        value, lse = run_attention(
+            library(True), layout, *args, window_left=window[0], window_right=window[1], return_lse=return_lse, out=out,
+            sinks=common.to_f32(sinks), alibi_slopes=common.to_f32(alibi_slopes), **options,
+        )  # fmt: skip
+        return (value, lse) if return_lse else value
+
+    return run
+
+
+def implement(layout: str, elsewhere: Callable[..., tuple[Tensor, Tensor]]) -> None:
+    """The torch ops of a layout on CUDA tensors. What the kernels refuse goes to `elsewhere` (plain torch)."""
+    if library(False).missing:
+        return
+
+    def op(*args: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        try:
+            with torch.cuda.device(args[0].device):
+                return run_attention(library(False), layout, *args, **options)
+        except NotSupportedError as error:
+            _warn_once(str(error))
+            for name in ("out", "lse"):
+                options.pop(name, None)
+            return elsewhere(*args, **options)
+
+    def op_out(*args: Tensor, out: Tensor, lse: Tensor | None = None, **options: Any) -> None:
+        value, sums = op(*args, out=out, lse=lse, return_lse=lse is not None, **options)
+        if value is not out:
+            out.copy_(value)
+            if lse is not None:
+                lse.copy_(sums)
+
+    _ops.library.impl(layout, op, "CUDA")
+    _ops.library.impl(f"{layout}_out", op_out, "CUDA")
+
+
+@cache
+def _warn_once(text: str) -> None:
+    warnings.warn(f"{text}; plain torch runs instead", FallbackWarning, stacklevel=4)

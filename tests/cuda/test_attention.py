@@ -1,0 +1,219 @@
+"""The CUDA attention kernels, emulated on CPU tensors (and on a GPU where there is one) against the reference."""
+
+import os
+import shutil
+import subprocess
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastops
+from fastops import _cuda
+from fastops.ops._common import attend
+from fastops.ops.attention_paged import attend as attend_paged
+from fastops.ops.attention_varlen import attend as attend_varlen
+from fastops.testing import assert_matches, guarded
+
+DTYPES = [torch.float16, torch.bfloat16]
+GPU = torch.cuda.is_available() and not _cuda.library(False).missing
+PROVIDERS = [
+    "cuda-emulated",
+    pytest.param("cuda", marks=pytest.mark.skipif(not GPU, reason="no GPU, or no CUDA build")),
+]
+
+
+@pytest.fixture(params=PROVIDERS)
+def run(request):
+    """Calls an operator with a provider; CPU tensors in and out either way."""
+    device = "cuda" if request.param == "cuda" else "cpu"
+
+    def call(name, *args, **options):
+        def there(x):
+            return x.to(device) if isinstance(x, torch.Tensor) else x
+
+        with torch.no_grad(), fastops.override(**{name: request.param}):
+            got = getattr(fastops, name)(*map(there, args), **{n: there(x) for n, x in options.items()})
+        return tuple(t.cpu() for t in got) if isinstance(got, tuple) else got.cpu()
+
+    return call
+
+
+@contextmanager
+def seed(n):
+    os.environ["FASTOPS_EMULATOR_SEED"] = str(n)
+    try:
+        yield
+    finally:
+        del os.environ["FASTOPS_EMULATOR_SEED"]
+
+
+def close(got, exact, same, what):
+    for g, e, s, name in zip(got, exact, same, ("out", "lse"), strict=True):
+        assert_matches(g, e, s, factor=4, what=f"{name} {what}")
+
+
+OPTIONS = [
+    {},
+    {"causal": True},
+    {"causal": True, "window": (20, -1)},
+    {"window": (7, 9), "softcap": 5.0},
+    {"causal": True, "sinks": torch.linspace(-2, 3, 6), "alibi_slopes": torch.linspace(0.1, 0.6, 6)},
+    {"scale": -0.3},
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("sq", "sk", "hkv", "d", "dv"),
+    [
+        (1, 37, 2, 64, 64),
+        (70, 130, 3, 64, 40),
+        (33, 33, 1, 8, 16),
+        (20, 90, 2, 128, 128),
+        (9, 70, 3, 72, 104),
+        (5, 40, 1, 256, 200),
+    ],
+)
+@pytest.mark.parametrize("options", OPTIONS, ids=range(len(OPTIONS)))
+def test_dense(run, dtype, sq, sk, hkv, d, dv, options):
+    q, k, v = (torch.randn(2, s, h, n).to(dtype) for s, h, n in ((sq, 6, d), (sk, hkv, d), (sk, hkv, dv)))
+    got = run("attention", q, k, v, return_lse=True, **options)
+    close(got, attend(q.double(), k.double(), v.double(), **options), attend(q, k, v, **options), str(options))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("page", [1, 16, 64])
+@pytest.mark.parametrize(("lens", "queries"), [([1, 300, 33], [1, 1, 1]), ([50, 120, 9, 0], [50, 1, 4, 0])])
+def test_paged(run, dtype, page, lens, queries):
+    need = [-(-n // page) for n in lens]
+    order = torch.randperm(sum(need) + 2)
+    table = torch.full((len(lens), max(need)), -5, dtype=torch.int32)  # places nobody may follow
+    for i, n in enumerate(need):
+        table[i, :n] = order[sum(need[:i]) : sum(need[:i]) + n].int()
+    k, v = (torch.randn(sum(need) + 2, page, 2, 64).to(dtype) for _ in range(2))
+    q = torch.randn(sum(queries), 4, 64).to(dtype)
+    cu = torch.tensor([0, *queries], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    index = (table, torch.tensor(lens, dtype=torch.int32), cu)
+    for options in ({"causal": True}, {"causal": True, "window": (40, -1), "sinks": torch.randn(4)}):
+        got = run("attention_paged", q, k, v, *index, return_lse=True, **options)
+        exact = attend_paged(q.double(), k.double(), v.double(), *index, **options)
+        close(got, exact, attend_paged(q, k, v, *index, **options), str(options))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_varlen(run, dtype):
+    q, k, v = (torch.randn(n, h, 64).to(dtype) for n, h in ((80, 4), (150, 2), (150, 2)))
+    cu_q = torch.tensor([0, 3, 3, 70], dtype=torch.int32)  # ten rows belong to no one
+    cu_k = torch.tensor([0, 90, 100, 150], dtype=torch.int32)
+    got = run("attention_varlen", q, k, v, cu_q, cu_k, causal=True, return_lse=True)
+    exact = attend_varlen(q.double(), k.double(), v.double(), cu_q, cu_k, causal=True)
+    close(got, exact, attend_varlen(q, k, v, cu_q, cu_k, causal=True), "varlen")
+
+
+def test_split_decode(run):
+    """One long sequence is split over the keys and merged; out may be fp32."""
+    q, k, v = (torch.randn(1, s, h, 64).half() for s, h in ((1, 4), (2000, 2), (2000, 2)))
+    sinks = torch.randn(4)
+    exact = attend(q.double(), k.double(), v.double(), sinks=sinks)
+    same = attend(q, k, v, sinks=sinks)
+    close(run("attention", q, k, v, sinks=sinks, return_lse=True), exact, same, "split")
+    with fastops.override(attention="cuda-emulated"), torch.no_grad():
+        wide = fastops.attention(q, k, v, sinks=sinks, out=torch.empty(1, 1, 4, 64))
+    assert_matches(wide, exact[0], same[0], what="fp32 out")
+
+
+def test_nothing_seen(run):
+    q, k = torch.randn(1, 5, 2, 64).half(), torch.randn(1, 3, 2, 64).half()
+    out, lse = run("attention", q, k, k, causal=True, return_lse=True)  # the first two rows see no key
+    assert bool((out[:, :2] == 0).all())
+    assert bool((lse[:, :, :2] == -torch.inf).all())
+    out, lse = run("attention", q, k[:, :0], k[:, :0], return_lse=True)
+    assert bool((out == 0).all())
+    assert bool((lse == -torch.inf).all())
+
+
+def test_every_order_of_warps_gives_the_same_bits():
+    q, k, v = (torch.randn(1, s, 2, 64).half() for s in (70, 200, 200))
+    results = []
+    for n in range(6):
+        with seed(n), torch.no_grad(), fastops.override(attention="cuda-emulated"):
+            results.append(fastops.attention(q, k, v, causal=True, return_lse=True))
+    for out, lse in results[1:]:
+        assert torch.equal(out, results[0][0])
+        assert torch.equal(lse, results[0][1])
+
+
+@pytest.mark.parametrize("end", [True, False])
+@pytest.mark.parametrize("d", [8, 72, 128])
+def test_guard_pages(end, d):
+    """Tensors between unreadable pages: a copy or store outside one kills the process."""
+    with torch.no_grad(), fastops.override(attention="cuda-emulated", attention_paged="cuda-emulated"):
+        for sq, sk in ((1, 37), (70, 65)):
+            q, k, v = (guarded(torch.randn(1, s, 2, d).half(), end) for s in (sq, sk, sk))
+            fastops.attention(q, k, v, causal=True, out=guarded(torch.empty_like(q), end))
+        cache = guarded(torch.randn(5, 16, 2, d).half(), end)
+        table, lens = (guarded(torch.tensor(x, dtype=torch.int32), end) for x in ([[4, 0, 2], [1, 3, 3]], [40, 17]))
+        q = guarded(torch.randn(2, 4, d).half(), end)
+        fastops.attention_paged(q, cache, cache, table, lens, out=guarded(torch.empty_like(q), end))
+
+
+@pytest.mark.parametrize(
+    "break_it",
+    [lambda t, n, c: t.index_put_((torch.tensor(0), torch.tensor(1)), torch.tensor(99, dtype=torch.int32)), lambda t, n, c: t[0].fill_(-1),
+     lambda t, n, c: n[0].fill_(9999), lambda t, n, c: n[0].fill_(-3)],
+)  # fmt: skip
+def test_indices_outside_their_tensors_give_nan(break_it):
+    """Lengths and pages are only known on the device: what is wrong there is never followed, and shows."""
+    cache = guarded(torch.randn(5, 16, 2, 64).half(), True)
+    table, lens = torch.tensor([[4, 0, 2], [1, 3, 3]], dtype=torch.int32), torch.tensor([40, 17], dtype=torch.int32)
+    q = torch.randn(2, 4, 64).half()
+    with torch.no_grad(), fastops.override(attention_paged="cuda-emulated"):
+        good = fastops.attention_paged(q, cache, cache, table, lens)
+        break_it(table, lens, None)
+        got = fastops.attention_paged(q, cache, cache, table, lens)
+    assert bool(torch.isnan(got[0]).all())
+    assert torch.equal(got[1], good[1])
+
+
+def test_bad_input_and_refusals():
+    q, k = torch.randn(1, 5, 4, 64).half(), torch.randn(1, 9, 2, 64).half()
+    with fastops.override(attention="cuda-emulated"):
+        with torch.no_grad():
+            fastops.attention(q, k, k)
+            with pytest.raises(ValueError, match="q has 3 heads, k has 2"):
+                fastops.attention(q[:, :, :3], k, k)
+            with pytest.raises(fastops.NotSupportedError, match="begin at multiples of 16 bytes"):
+                fastops.attention(torch.randn(1, 5, 4 * 64 + 4).half()[..., 4:].view(1, 5, 4, 64), k, k)
+            with pytest.raises(fastops.NotSupportedError, match="attn_mask"):
+                fastops.attention(q, k, k, attn_mask=torch.ones(5, 9, dtype=torch.bool))
+            with pytest.raises(fastops.NotSupportedError, match=r"dtype is float32 \(takes float16, bfloat16\)"):
+                fastops.attention(q.float(), k.float(), k.float())
+        with pytest.raises(fastops.NotSupportedError, match="no gradients"):
+            fastops.attention(q.requires_grad_(), k, k)
+    assert "cuda-emulated" in str(fastops.explain("attention", q.detach(), k, k))
+
+
+def test_splits_fill_the_device(tmp_path):
+    """The number of splits, by the same function the library calls."""
+    root = Path(__file__).resolve().parents[2]
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    code = """#include <cstdio>
+#include <cstdlib>
+#include "cuda/attention/attention_config.h"
+int main(int, char** a) {
+  std::printf("%lld", static_cast<long long>(fastops::cuda::attention_splits(atoll(a[1]), atoll(a[2]), atoi(a[3]), atoi(a[4]))));
+}"""
+    source, program = tmp_path / "splits.cpp", tmp_path / "splits"
+    source.write_text(code)
+    subprocess.run([compiler, "-std=c++17", f"-I{root}/csrc", source, "-o", program], check=True)
+
+    def splits(*args):
+        return int(subprocess.run([program, *map(str, args)], capture_output=True, text=True).stdout)
+
+    assert splits(8, 8192, 128, 132) == 32  # one sequence of Llama 3 8B on an H200: 256 blocks for 264 places
+    assert splits(64, 8192, 128, 132) == 4
+    assert splits(256, 8192, 128, 132) == 1  # enough blocks without
+    assert splits(8, 300, 128, 132) == 2  # at least four tiles of keys each
+    assert splits(0, 8192, 128, 132) == 1

@@ -1,0 +1,37 @@
+"""The emulator that runs CUDA kernels on the CPU: instructions against the PTX ISA, wrong programs caught."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CXX = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+NAMES = ("cp_async", "ldmatrix", "mma", "races", "shuffle", "swizzle", "wrong")
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    out = tmp_path_factory.mktemp("emulator") / "emulator_test"
+    csrc = ROOT / "csrc"
+    sources = [
+        Path(__file__).with_name("emulator_test.cpp"), csrc / "cuda/emulator/block.cpp",
+        csrc / "cuda/emulator/fiber.cpp", csrc / "core/status.cpp",
+    ]  # fmt: skip
+    command = [CXX, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-I{csrc}",
+               f"-I{csrc}/include", *map(str, sources), "-o", str(out)]  # fmt: skip
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    return out
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_emulator(program, name):
+    ran = subprocess.run([program, name], capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_every_test_is_run(program):
+    assert sorted(subprocess.run([program], capture_output=True, text=True).stdout.split()) == sorted(NAMES)
