@@ -11,7 +11,7 @@ import ctypes
 import math
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,34 @@ class _Attention(ctypes.Structure):
         ("scale", ctypes.c_float), ("softcap", ctypes.c_float), ("window_left", ctypes.c_int64),
         ("window_right", ctypes.c_int64), ("kv", ctypes.c_void_p),
     )  # fmt: skip
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = (
+        ("struct_size", ctypes.c_uint32), ("layer", ctypes.c_int32),
+        *((n, _Tensor) for n in ("x", "residual", "sum", "weight", "bias", "out", "scales", "mean", "rstd")),
+        ("eps", ctypes.c_float), ("weight_offset", ctypes.c_float),
+    )  # fmt: skip
+
+
+class _Gated(ctypes.Structure):
+    _fields_ = (
+        ("struct_size", ctypes.c_uint32), ("activation", ctypes.c_int32),
+        *((n, _Tensor) for n in ("gate", "up", "out", "dout", "dgate", "dup")),
+    )  # fmt: skip
+
+
+class _MergeStates(ctypes.Structure):
+    _fields_ = (
+        ("struct_size", ctypes.c_uint32), ("count", ctypes.c_int32), ("outs", ctypes.POINTER(_Tensor)),
+        ("lses", ctypes.POINTER(_Tensor)), ("out", _Tensor), ("lse", _Tensor),
+    )  # fmt: skip
+
+
+def _fill(desc: Any, **tensors: Tensor | None) -> Any:
+    for name, t in tensors.items():
+        setattr(desc, name, _view(t))
+    return desc
 
 
 def _view(t: Tensor | None) -> _Tensor:
@@ -156,10 +184,56 @@ class Library:
             window_right=0 if causal else window_right,
             scale=1.0 / math.sqrt(max(q.shape[-1], 1)) if scale is None else scale,
         )  # fmt: skip
-        for name, t in {"q": q, "k": k, "v": v, "out": out, "lse": lse, **tensors}.items():
-            setattr(desc, name, _view(t))
-        self.call("attention", desc, q, workspace=True)
+        self.call("attention", _fill(desc, q=q, k=k, v=v, out=out, lse=lse, **tensors), q, workspace=True)
         return out, q.new_empty((0,), dtype=torch.float32) if lse is None else lse
+
+    def merge_states(self, outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        n, out, lse = len(outs), outs[0].new_empty(outs[0].shape), lses[0].new_empty(lses[0].shape)
+        states = [(_Tensor * n)(*map(_view, ts)) for ts in (outs, lses)]
+        desc = _MergeStates(struct_size=ctypes.sizeof(_MergeStates), count=n, outs=states[0], lses=states[1])
+        self.call("merge_states", _fill(desc, out=out, lse=lse), outs[0])
+        return out, lse
+
+    def norm(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float = 1e-6,
+        *,
+        weight_offset: float = 0.0,
+        layer: bool = False,
+        quant: int = 0,
+        stats: bool = False,
+        out: Tensor | None = None,
+        total: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """torch.ops.fastops.norm: (out, residual + x, scales, mean, rstd), empty where not asked for."""
+        dtype = {0: x.dtype, 1: torch.int8, 2: torch.float8_e4m3fn}[quant]
+        out = x.new_empty(x.shape, dtype=dtype) if out is None else out
+        total = x.new_empty(x.shape) if residual is not None and total is None else total
+        none, rows = x.new_empty((0,), dtype=torch.float32), x.shape[:-1].numel()
+        numbers = [
+            x.new_empty(rows, dtype=torch.float32) if given else None for given in (quant, stats and layer, stats)
+        ]
+        desc = _Norm(struct_size=ctypes.sizeof(_Norm), layer=int(layer), eps=eps, weight_offset=weight_offset)
+        _fill(desc, x=x, residual=residual, sum=total, weight=weight, bias=bias, out=out)
+        self.call("norm", _fill(desc, scales=numbers[0], mean=numbers[1], rstd=numbers[2]), x)
+        scales, mean, rstd = (none if t is None else t for t in numbers)
+        return out, x.new_empty((0,)) if total is None else total, scales, mean, rstd
+
+    def gated(self, gate: Tensor, up: Tensor, activation: int, out: Tensor | None = None) -> Tensor:
+        out = gate.new_empty(gate.shape) if out is None else out
+        desc = _Gated(struct_size=ctypes.sizeof(_Gated), activation=activation)
+        self.call("gated", _fill(desc, gate=gate, up=up, out=out), gate)
+        return out
+
+    def gated_backward(self, dout: Tensor, gate: Tensor, up: Tensor, activation: int) -> tuple[Tensor, Tensor]:
+        dgate, dup = gate.new_empty(gate.shape), up.new_empty(up.shape)
+        desc = _Gated(struct_size=ctypes.sizeof(_Gated), activation=activation)
+        self.call("gated", _fill(desc, gate=gate, up=up, dout=dout, dgate=dgate, dup=dup), gate)
+        return dgate, dup
 
 
 @cache
@@ -167,27 +241,42 @@ def library(emulated: bool) -> Library:
     return Library(emulated)
 
 
-def why_not_attention(emulated: bool) -> Callable[[Call], str | None]:
-    """Whether the kernels take a call."""
+def why_not(emulated: bool) -> Callable[[Call], str | None]:
+    """Whether the element-wise kernels take a call."""
 
-    def why_not(call: Call) -> str | None:
+    def reason(call: Call) -> str | None:
         device = "cpu" if emulated else "cuda"
         if call.device != device:
             return f"device is {call.device} (needs {device})"
         lib = library(emulated)
         if lib.missing:
             return lib.missing
-        if call.dtype not in (torch.float16, torch.bfloat16):
-            return f"dtype is {common.name_of(call.dtype)} (takes float16, bfloat16)"
-        if max(call.head_dim, call.head_dim_v) > common.MAX_HEAD_DIM:
-            return f"head size is {max(call.head_dim, call.head_dim_v)} (takes up to {common.MAX_HEAD_DIM})"
-        if call.dropout:
-            return "dropout_p is not 0 (the kernel has no dropout)"
+        if call.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            return f"dtype is {common.name_of(call.dtype)} (takes float32, float16, bfloat16)"
         if call.needs_reference_grad:
             return f"{call.needs_reference_grad} requires a gradient (the kernel gives none for it)"
         return None
 
-    return why_not
+    return reason
+
+
+def why_not_attention(emulated: bool) -> Callable[[Call], str | None]:
+    """Whether the attention kernels take a call."""
+    general = why_not(emulated)
+
+    def reason(call: Call) -> str | None:
+        if call.dtype == torch.float32:
+            return "dtype is float32 (takes float16, bfloat16)"
+        why = general(call)
+        if why is not None:
+            return why
+        if max(call.head_dim, call.head_dim_v) > common.MAX_HEAD_DIM:
+            return f"head size is {max(call.head_dim, call.head_dim_v)} (takes up to {common.MAX_HEAD_DIM})"
+        if call.dropout:
+            return "dropout_p is not 0 (the kernel has no dropout)"
+        return None
+
+    return reason
 
 
 _LAYOUTS = {

@@ -23,11 +23,11 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 ALL = ("80", "86", "89", "90a", "100", "120")
-# kernel name -> instructions that must stand in its SASS
+# pattern of a kernel's symbol -> instructions that must stand in its SASS
 PROMISES = {
     "attention_sm80": ("HMMA.16816.F32", "LDSM.16.M88.4", "LDSM.16.MT88.4", "LDGSTS.E.BYPASS.128", "MUFU.EX2"),
-    "norm_rows": ("LDG.E.128", "STG.E.128"),
-    "gated_rows": ("LDG.E.128", "STG.E.128"),
+    "norm_rows.*ELi[48]E": ("LDG.E.NA.128", "STG.E.128"),  # the kernels for aligned rows
+    "gated_rows.*ELi[48]E": ("LDG.E.NA.128", "STG.E.128"),
 }
 
 
@@ -48,10 +48,8 @@ def sources() -> list[Path]:
     return sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
 
 
-def short(symbol: str) -> str:
-    """A mangled kernel's own name: the longest of the names it is made of that a promise knows, or the symbol."""
-    names: list[str] = re.findall(r"\d+([a-z_][a-z_0-9]*?)(?=I|E)", symbol)
-    return next((n for n in PROMISES if n in symbol), names[-1] if names else symbol)
+def promised(symbol: str) -> tuple[str, ...]:
+    return next((p for pattern, p in PROMISES.items() if re.search(pattern, symbol)), ())
 
 
 def compile_one(source: Path, arch: str, folder: Path) -> dict[str, Any]:
@@ -76,7 +74,6 @@ def compile_one(source: Path, arch: str, folder: Path) -> dict[str, Any]:
         kernels.append(
             {
                 "kernel": symbol,
-                "name": short(symbol),
                 "registers": int(registers[1]) if registers else 0,
                 "stack": int(spills[1]) if spills else 0,
                 "spill_stores": int(spills[2]) if spills else 0,
@@ -89,8 +86,8 @@ def compile_one(source: Path, arch: str, folder: Path) -> dict[str, Any]:
         sass = subprocess.run([disassemble, "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
         bodies = {b.split("\n", 1)[0].strip(): b for b in sass.split("Function : ")[1:]}
         for kernel in kernels:
-            promised = PROMISES.get(kernel["name"], ())
-            kernel["missing"] = [i for i in promised if i not in bodies.get(kernel["kernel"], "")]
+            body = bodies.get(kernel["kernel"], "")
+            kernel["missing"] = [i for i in promised(kernel["kernel"]) if i not in body]
     return found
 
 

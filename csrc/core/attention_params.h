@@ -3,11 +3,7 @@
 #pragma once
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define FASTOPS_SHARED __host__ __device__ inline
-#else
-#define FASTOPS_SHARED inline
-#endif
+#include "core/dtype.h"
 
 namespace fastops {
 
@@ -44,8 +40,8 @@ struct AttentionParams {
   int64_t seq_stride, table_sb, table_sp, cu_q_stride, cu_k_stride;
   int64_t queries_per_seq;  // paged without cu_q
   int32_t page_shift, page_mask;
-  int64_t pages, max_pages;      // of the cache, and of a row of the table
-  int64_t q_rows, k_rows;        // of ragged q (also with pages), and of ragged k
+  int64_t pages, max_pages;  // of the cache, and of a row of the table
+  int64_t q_rows, k_rows;    // of ragged q (also with pages), and of ragged k
   bool paged, ragged, top_left;
   float scale, softcap;
   int64_t window_left, window_right;  // -1: unbounded

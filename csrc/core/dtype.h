@@ -3,6 +3,12 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__CUDACC__)
+#define FASTOPS_SHARED __host__ __device__ inline
+#else
+#define FASTOPS_SHARED inline
+#endif
+
 namespace fastops {
 
 struct f16 {
@@ -13,21 +19,21 @@ struct bf16 {
 };
 
 namespace detail {
-inline float as_float(uint32_t u) {
+FASTOPS_SHARED float as_float(uint32_t u) {
   float f;
   std::memcpy(&f, &u, 4);
   return f;
 }
-inline uint32_t as_bits(float f) {
+FASTOPS_SHARED uint32_t as_bits(float f) {
   uint32_t u;
   std::memcpy(&u, &f, 4);
   return u;
 }
 }  // namespace detail
 
-inline float to_f32(float x) { return x; }
-inline float to_f32(bf16 x) { return detail::as_float(static_cast<uint32_t>(x.bits) << 16); }
-inline float to_f32(f16 x) {
+FASTOPS_SHARED float to_f32(float x) { return x; }
+FASTOPS_SHARED float to_f32(bf16 x) { return detail::as_float(static_cast<uint32_t>(x.bits) << 16); }
+FASTOPS_SHARED float to_f32(f16 x) {
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
   const uint32_t rest = static_cast<uint32_t>(x.bits & 0x7fffu) << 13;
   // A half exponent field of 31 (inf, NaN) must become 255; all others only need the bias moved, which a
@@ -38,13 +44,13 @@ inline float to_f32(f16 x) {
 }
 
 // Round to nearest, ties to even; a NaN stays a (quiet) NaN.
-inline void from_f32(float x, float* out) { *out = x; }
-inline void from_f32(float x, bf16* out) {
+FASTOPS_SHARED void from_f32(float x, float* out) { *out = x; }
+FASTOPS_SHARED void from_f32(float x, bf16* out) {
   const uint32_t u = detail::as_bits(x);
   out->bits = (u & 0x7fffffffu) > 0x7f800000u ? static_cast<uint16_t>((u >> 16) | 0x40u)
                                               : static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
 }
-inline void from_f32(float x, f16* out) {
+FASTOPS_SHARED void from_f32(float x, f16* out) {
   const uint32_t u = detail::as_bits(x);
   const uint16_t sign = static_cast<uint16_t>((u >> 16) & 0x8000u);
   const uint32_t mag = u & 0x7fffffffu;
@@ -61,7 +67,7 @@ inline void from_f32(float x, f16* out) {
 }
 
 // e4m3, finite only: beyond 448 (an infinity, too) becomes 448.
-inline uint8_t to_f8(float x) {
+FASTOPS_SHARED uint8_t to_f8(float x) {
   const uint32_t u = detail::as_bits(x), mag = u & 0x7fffffffu;
   uint32_t y;
   if (mag > 0x7f800000u) {
@@ -75,7 +81,7 @@ inline uint8_t to_f8(float x) {
   return static_cast<uint8_t>(y | ((u >> 24) & 0x80u));
 }
 
-inline float from_f8(uint8_t y) {
+FASTOPS_SHARED float from_f8(uint8_t y) {
   const uint32_t mag = y & 0x7fu, sign = static_cast<uint32_t>(y & 0x80u) << 24;
   float x;
   if (mag == 0x7f) {

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastops import _ops
+from fastops import _cuda_fused, _ops
 from fastops.dispatch.record import Call, Implementation
 from fastops.dispatch.select import Operator
 from fastops.ops import _common as common
@@ -205,6 +205,7 @@ def _describe(x: Tensor, *args: Any, **kwargs: Any) -> Call:
 def _operator(op: str, cpp: Any, reference: Any, validate: Any) -> Operator:
     rows = [
         Implementation("cpp", cpp, common.cpp_why_not, 10, source="csrc/cpu/norm"),
+        *_cuda_fused.rows(op, cpp),
         Implementation("reference", reference, common.always, 0, source="fastops/ops/norm.py"),
     ]
     return Operator(op, rows, validate, _describe)

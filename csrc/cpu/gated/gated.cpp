@@ -1,25 +1,13 @@
 // The gated activations' C API on the CPU: check, share the rows out.
 #include "cpu/gated/gated.h"
 
+#include "core/op_checks.h"
 #include "core/parallel.h"
 
 namespace fastops::cpu {
 namespace {
 
 constexpr int64_t kItemSize = 8192;  // elements: some microseconds of work
-
-bool check(const fastops_gated_desc& d, Checks& c) {
-  if (!c.struct_size(d.struct_size, sizeof d) || !c.floats("gate", d.gate)) return false;
-  if (d.activation < FASTOPS_SILU || d.activation > FASTOPS_GELU)
-    return c.fail(FASTOPS_ERR_VALUE, "activation is %d, allowed: 0 (SiLU), 1 (GELU, tanh form), 2 (GELU)",
-                  d.activation);
-  const auto like = [&](const char* name, const fastops_tensor& t) {
-    return c.floats(name, t) && c.same_dtype(name, t, "gate", d.gate) && c.same_shape(name, t, "gate", d.gate);
-  };
-  if (!like("up", d.up)) return false;
-  if (!given(d.dout)) return like("out", d.out);
-  return like("dout", d.dout) && like("dgate", d.dgate) && like("dup", d.dup);
-}
 
 }  // namespace
 }  // namespace fastops::cpu
@@ -29,14 +17,14 @@ using namespace fastops::cpu;
 
 extern "C" fastops_status fastops_gated_check(const fastops_gated_desc* desc, char* message) {
   Checks c("gated", message);
-  check(*desc, c);
+  check_gated(*desc, c);
   return c.status();
 }
 
 extern "C" fastops_status fastops_gated(const fastops_gated_desc* desc, fastops_env* env) {
   const fastops_gated_desc& d = *desc;
   Checks c("gated", env->message);
-  if (!check(d, c) || !c.can_run()) return c.status();
+  if (!check_gated(d, c) || !c.can_run()) return c.status();
   const auto variant = FASTOPS_CHOOSE(GatedTable, gated_table);
   env->variant = variant.name;
   const bool backward = given(d.dout);

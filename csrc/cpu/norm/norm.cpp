@@ -3,63 +3,13 @@
 
 #include <cstring>
 
+#include "core/op_checks.h"
 #include "core/parallel.h"
 
 namespace fastops::cpu {
 namespace {
 
 constexpr int64_t kGroups = 64;  // at most so many partial sums of dweight: fixed by the shape, so results are, too
-
-bool check(const fastops_norm_desc& d, Checks& c) {
-  if (!c.struct_size(d.struct_size, sizeof d) || !c.floats("x", d.x)) return false;
-  if (last(d.x) < 1) return c.fail(FASTOPS_ERR_VALUE, "the last dimension of x is empty");
-  const int64_t n = last(d.x);
-  if (given(d.residual)) {
-    if (!c.floats("residual", d.residual) || !c.same_dtype("residual", d.residual, "x", d.x) ||
-        !c.same_shape("residual", d.residual, "x", d.x))
-      return false;
-    if (!given(d.sum)) return c.fail(FASTOPS_ERR_VALUE, "residual needs sum");
-    if (!c.floats("sum", d.sum) || !c.same_dtype("sum", d.sum, "x", d.x) || !c.same_shape("sum", d.sum, "x", d.x))
-      return false;
-  } else if (given(d.sum)) {
-    return c.fail(FASTOPS_ERR_VALUE, "sum needs residual");
-  }
-  if (given(d.weight) && !(c.vector("weight", d.weight, n) && c.dtype_or_f32("weight", d.weight, "x", d.x)))
-    return false;
-  if (given(d.bias)) {
-    if (!d.layer) return c.fail(FASTOPS_ERR_VALUE, "an RMS norm has no bias");
-    if (!c.vector("bias", d.bias, n) || !c.dtype_or_f32("bias", d.bias, "x", d.x)) return false;
-  }
-  if (!c.well_formed("out", d.out) || !c.same_shape("out", d.out, "x", d.x)) return false;
-  const bool quantised = d.out.dtype == FASTOPS_I8 || d.out.dtype == FASTOPS_F8_E4M3;
-  if (!quantised && d.out.dtype != d.x.dtype && d.out.dtype != FASTOPS_F32)
-    return c.fail(FASTOPS_ERR_TYPE, "out must have x's dtype or be float32, int8 or float8_e4m3fn");
-  if (quantised != given(d.scales)) return c.fail(FASTOPS_ERR_VALUE, "scales go with an int8 or float8_e4m3fn out");
-  if (quantised && !c.per_row("scales", d.scales, d.x)) return false;
-  if (given(d.mean) && !c.per_row("mean", d.mean, d.x)) return false;
-  if (given(d.rstd) && !c.per_row("rstd", d.rstd, d.x)) return false;
-  if (!(d.eps >= 0.0f)) return c.fail(FASTOPS_ERR_VALUE, "eps is %g, must not be negative", static_cast<double>(d.eps));
-  return true;
-}
-
-bool check(const fastops_norm_bwd_desc& d, Checks& c) {
-  if (!c.struct_size(d.struct_size, sizeof d) || !c.floats("s", d.s)) return false;
-  if (last(d.s) < 1) return c.fail(FASTOPS_ERR_VALUE, "the last dimension of s is empty");
-  const int64_t n = last(d.s);
-  const auto like = [&](const char* name, const fastops_tensor& t) {
-    return c.floats(name, t) && c.same_dtype(name, t, "s", d.s) && c.same_shape(name, t, "s", d.s);
-  };
-  if (!like("dout", d.dout) || !like("ds", d.ds) || (given(d.dsum) && !like("dsum", d.dsum))) return false;
-  if (given(d.weight) && !(c.vector("weight", d.weight, n) && c.dtype_or_f32("weight", d.weight, "s", d.s)))
-    return false;
-  if (!c.per_row("rstd", d.rstd, d.s) || (d.layer && !c.per_row("mean", d.mean, d.s))) return false;
-  const fastops_tensor* const sums[] = {&d.dweight, &d.dbias};
-  for (const fastops_tensor* t : sums)
-    if (given(*t) && !(c.vector("dweight or dbias", *t, n) &&
-                       (t->dtype == FASTOPS_F32 || c.fail(FASTOPS_ERR_TYPE, "dweight and dbias must be float32"))))
-      return false;
-  return true;
-}
 
 int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
 
@@ -99,20 +49,20 @@ using namespace fastops::cpu;
 
 extern "C" fastops_status fastops_norm_check(const fastops_norm_desc* desc, char* message) {
   Checks c("norm", message);
-  check(*desc, c);
+  check_norm(*desc, c);
   return c.status();
 }
 
 extern "C" fastops_status fastops_norm_workspace(const fastops_norm_desc* desc, const fastops_env* env, size_t* bytes) {
   Checks c("norm", env->message);
-  if (check(*desc, c)) *bytes = workspace(*desc, *env);
+  if (check_norm(*desc, c)) *bytes = workspace(*desc, *env);
   return c.status();
 }
 
 extern "C" fastops_status fastops_norm(const fastops_norm_desc* desc, fastops_env* env) {
   const fastops_norm_desc& d = *desc;
   Checks c("norm", env->message);
-  if (!check(d, c) || !ready(workspace(d, *env), env, c)) return c.status();
+  if (!check_norm(d, c) || !ready(workspace(d, *env), env, c)) return c.status();
   const auto variant = FASTOPS_CHOOSE(NormTable, norm_table);
   env->variant = variant.name;
   const int64_t n = last(d.x), rows = elements(d.x) / n;
@@ -145,21 +95,21 @@ extern "C" fastops_status fastops_norm(const fastops_norm_desc* desc, fastops_en
 
 extern "C" fastops_status fastops_norm_bwd_check(const fastops_norm_bwd_desc* desc, char* message) {
   Checks c("norm_bwd", message);
-  check(*desc, c);
+  check_norm(*desc, c);
   return c.status();
 }
 
 extern "C" fastops_status fastops_norm_bwd_workspace(const fastops_norm_bwd_desc* desc, const fastops_env* env,
                                                      size_t* bytes) {
   Checks c("norm_bwd", env->message);
-  if (check(*desc, c)) *bytes = workspace(*desc);
+  if (check_norm(*desc, c)) *bytes = workspace(*desc);
   return c.status();
 }
 
 extern "C" fastops_status fastops_norm_bwd(const fastops_norm_bwd_desc* desc, fastops_env* env) {
   const fastops_norm_bwd_desc& d = *desc;
   Checks c("norm_bwd", env->message);
-  if (!check(d, c) || !ready(workspace(d), env, c)) return c.status();
+  if (!check_norm(d, c) || !ready(workspace(d), env, c)) return c.status();
   const auto variant = FASTOPS_CHOOSE(NormTable, norm_table);
   env->variant = variant.name;
   const int64_t n = last(d.s), rows = elements(d.s) / n, step = padded(n);

@@ -135,6 +135,7 @@ inline float tanh_precise(float x) { return std::tanh(x); }
 inline float erf_precise(float x) { return std::erf(x); }
 inline float sqrt_precise(float x) { return std::sqrt(x); }
 inline float maximum(float a, float b) { return std::fmax(a, b); }
+inline float round_even(float x) { return std::nearbyint(x); }
 inline float absolute(float x) { return std::fabs(x); }
 inline float infinity() { return __builtin_inff(); }
 inline float not_a_number() { return __builtin_nanf(""); }

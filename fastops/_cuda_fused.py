@@ -1,0 +1,158 @@
+"""The fused operators and merge_states on CUDA: torch ops on CUDA tensors, and emulated rows (fastops/_cuda.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastops import _cuda, _ops
+from fastops._cuda import Library, library
+from fastops.dispatch.record import Implementation
+from fastops.errors import NotSupportedError
+from fastops.ops import _common as common
+
+QUANT = {None: 0, "int8": 1, "fp8": 2}
+ACTIVATIONS = {"tanh": 1, "none": 2}
+
+
+# ---- torch.ops.fastops.* by a library -------------------------------------------------------------------------------
+
+
+def _rms_norm(lib: Library, x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, **options: Any) -> Tensor:
+    return lib.norm(x, None, weight, None, eps, **options)[0]
+
+
+def _layer_norm(
+    lib: Library, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, **options: Any
+) -> Tensor:
+    return lib.norm(x, None, weight, bias, eps, layer=True, **options)[0]
+
+
+def _fused_add(
+    lib: Library, x: Tensor, residual: Tensor, weight: Tensor | None = None, eps: float = 1e-6, **options: Any
+) -> None:
+    lib.norm(x, residual, weight, None, eps, out=x, total=residual, **options)
+
+
+def _halves(activation: int | None) -> Callable[..., Tensor]:
+    def op(lib: Library, x: Tensor, *, approximate: str = "tanh", out: Tensor | None = None) -> Tensor:
+        gate, up = x.chunk(2, -1)
+        return lib.gated(gate, up, ACTIVATIONS[approximate] if activation is None else activation, out)
+
+    return op
+
+
+def _two(activation: int | None) -> Callable[..., Tensor]:
+    def op(lib: Library, gate: Tensor, up: Tensor, *, approximate: str = "tanh", out: Tensor | None = None) -> Tensor:
+        return lib.gated(gate, up, ACTIVATIONS[approximate] if activation is None else activation, out)
+
+    return op
+
+
+def _and_mul_backward(lib: Library, dout: Tensor, x: Tensor, activation: int) -> Tensor:
+    gate, up = x.chunk(2, -1)
+    return torch.cat(lib.gated_backward(dout, gate, up, activation), -1)
+
+
+_WITH_OUT: dict[str, Callable[..., Tensor]] = {
+    "rms_norm": _rms_norm, "layer_norm": _layer_norm, "silu_and_mul": _halves(0), "gelu_and_mul": _halves(None),
+    "swiglu": _two(0), "geglu": _two(None),
+}  # fmt: skip
+_OTHERS: dict[str, Callable[..., Any]] = {
+    "norm": Library.norm, "fused_add_rms_norm": _fused_add, "gated_backward": Library.gated_backward,
+    "and_mul_backward": _and_mul_backward, "merge_states": Library.merge_states,
+}  # fmt: skip
+
+
+def _implement(name: str, function: Callable[..., Any], returns: bool = True) -> None:
+    def op(*args: Any, **options: Any) -> Any:
+        first = args[0][0] if isinstance(args[0], (list, tuple)) else args[0]
+        with torch.cuda.device(first.device):
+            result = function(library(False), *args, **options)
+        return result if returns else None
+
+    _ops.library.impl(name, op, "CUDA")
+
+
+if library(False).missing is None:
+    for _name, _function in _WITH_OUT.items():
+        _implement(_name, _function)
+        _implement(f"{_name}_out", _function, returns=False)
+    for _name, _function in _OTHERS.items():
+        _implement(_name, _function)
+
+
+# ---- rows of the dispatch table --------------------------------------------------------------------------------------
+
+
+def _one_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    quant: str | None,
+    out: Tensor | None,
+    **options: Any,
+) -> Any:
+    x = common.kernel_rows(x)
+    weight, bias = common.kernel_vector(weight, x), common.kernel_vector(bias, x)
+    y, _, scales, _, _ = library(True).norm(x, None, weight, bias, eps, quant=QUANT[quant], out=out, **options)
+    return y if quant is None else (y, scales.view(x.shape[:-1]))
+
+
+def _emulated_rms_norm(
+    x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, weight_offset: float = 0.0,
+    quant: str | None = None, out: Tensor | None = None,
+) -> Any:  # fmt: skip
+    return _one_norm(x, weight, None, eps, quant, out, weight_offset=weight_offset)
+
+
+def _emulated_layer_norm(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *,
+    quant: str | None = None, out: Tensor | None = None,
+) -> Any:  # fmt: skip
+    return _one_norm(x, weight, bias, eps, quant, out, layer=True)
+
+
+def _emulated_fused_add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, weight_offset: float = 0.0,
+    quant: str | None = None,
+) -> Any:  # fmt: skip
+    y, total, scales, _, _ = library(True).norm(
+        x, residual, common.kernel_vector(weight, x), None, eps, weight_offset=weight_offset, quant=QUANT[quant],
+        out=x if quant is None else None, total=residual,
+    )  # fmt: skip
+    return (y, total) if quant is None else (y, scales.view(x.shape[:-1]))
+
+
+_EMULATED: dict[str, Callable[..., Any]] = {
+    "rms_norm": _emulated_rms_norm,
+    "layer_norm": _emulated_layer_norm,
+    "fused_add_rms_norm": _emulated_fused_add_rms_norm,
+    "merge_states": lambda outs, lses: library(True).merge_states(outs, lses),
+}
+
+
+def _emulated(op: str) -> Callable[..., Any]:
+    if op in _EMULATED:
+        return _EMULATED[op]
+    return lambda *args, **options: _WITH_OUT[op](library(True), *map(common.kernel_rows, args), **options)
+
+
+def rows(op: str, cpp: Callable[..., Any]) -> list[Implementation]:
+    """An operator's rows: `cpp` calls torch.ops.fastops, which runs our kernels on CUDA tensors as well."""
+    source, emulated = "docs/design/007-cuda.md", _emulated(op)
+
+    def run(*args: Any, **options: Any) -> Any:
+        tensors = [t for a in args for t in (a if isinstance(a, list) else [a]) if isinstance(t, Tensor)]
+        if common.any_grad(*tensors):
+            raise NotSupportedError(f"{op}: the emulated kernels give no gradients; use torch.no_grad()")
+        return emulated(*args, **options)
+
+    return [
+        Implementation("cuda", cpp, _cuda.why_not(False), 10, source=source),
+        Implementation("cuda-emulated", run, _cuda.why_not(True), -10, source=source),
+    ]
