@@ -85,6 +85,14 @@ class _MergeStates(ctypes.Structure):
     )  # fmt: skip
 
 
+class _Int4Linear(ctypes.Structure):
+    _fields_ = (
+        ("struct_size", ctypes.c_uint32), ("int8", ctypes.c_int32),
+        *((n, _Tensor) for n in ("x", "out", "codes", "scales", "zeros", "mins", "perm", "bias")),
+        ("eight", ctypes.c_int32),
+    )  # fmt: skip
+
+
 def _fill(desc: Any, **tensors: Tensor | None) -> Any:
     for name, t in tensors.items():
         setattr(desc, name, _view(t))
@@ -143,7 +151,7 @@ class Library:
             if need.value:
                 scratch = torch.empty(need.value, dtype=torch.uint8, device=like.device)
                 env.workspace, env.workspace_size = scratch.data_ptr(), need.value
-        run = getattr(self.lib, f"fastops_cuda_{name}{'_fwd' if workspace else ''}")
+        run = getattr(self.lib, f"fastops_cuda_{name}{'_fwd' if name == 'attention' else ''}")
         self._check(run(ctypes.byref(desc), ctypes.byref(env)), message)
         self.variant = env.variant.decode() if env.variant else ""
 
@@ -235,6 +243,30 @@ class Library:
         self.call("gated", _fill(desc, gate=gate, up=up, dout=dout, dgate=dgate, dup=dup), gate)
         return dgate, dup
 
+    def int4_linear(
+        self,
+        x: Tensor,
+        codes: Tensor,
+        scales: Tensor,
+        n: int,
+        zeros: Tensor | None = None,
+        mins: Tensor | None = None,
+        perm: Tensor | None = None,
+        bias: Tensor | None = None,
+        *,
+        int8: bool = False,
+        eight: bool = False,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """torch.ops.fastops.int4_linear; act-order gathers the columns of x first."""
+        if perm is not None:
+            x = x.index_select(1, perm.long())
+        out = x.new_empty((x.shape[0], n)) if out is None else out
+        desc = _Int4Linear(struct_size=ctypes.sizeof(_Int4Linear), int8=int(int8), eight=int(eight))
+        _fill(desc, x=x, out=out, codes=codes, scales=scales, zeros=zeros, mins=mins, bias=bias)
+        self.call("int4_linear", desc, x, workspace=True)
+        return out
+
 
 @cache
 def library(emulated: bool) -> Library:
@@ -321,30 +353,33 @@ def emulated(layout: str) -> Callable[..., Any]:
     return run
 
 
-def implement(layout: str, elsewhere: Callable[..., tuple[Tensor, Tensor]]) -> None:
-    """The torch ops of a layout on CUDA tensors. What the kernels refuse goes to `elsewhere` (plain torch)."""
+def or_elsewhere(run: Callable[..., Any], elsewhere: Callable[..., Any]) -> Callable[..., Any]:
+    """`run` on the device of its first tensor; what the kernels refuse goes to `elsewhere` (plain torch), said once."""
+
+    def op(*args: Tensor, **options: Any) -> Any:
+        try:
+            with torch.cuda.device(args[0].device):
+                return run(library(False), *args, **options)
+        except NotSupportedError as error:
+            _warn_once(str(error))
+            return elsewhere(*args, **options)
+
+    return op
+
+
+def implement(layout: str, elsewhere: Callable[..., Any], elsewhere_out: Callable[..., Any]) -> None:
+    """The torch ops of a layout on CUDA tensors."""
     if library(False).missing:
         return
 
-    def op(*args: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-        try:
-            with torch.cuda.device(args[0].device):
-                return run_attention(library(False), layout, *args, **options)
-        except NotSupportedError as error:
-            _warn_once(str(error))
-            for name in ("out", "lse"):
-                options.pop(name, None)
-            return elsewhere(*args, **options)
+    def run(lib: Library, *args: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        return run_attention(lib, layout, *args, **options)
 
-    def op_out(*args: Tensor, out: Tensor, lse: Tensor | None = None, **options: Any) -> None:
-        value, sums = op(*args, out=out, lse=lse, return_lse=lse is not None, **options)
-        if value is not out:
-            out.copy_(value)
-            if lse is not None:
-                lse.copy_(sums)
+    def run_out(lib: Library, *args: Tensor, lse: Tensor | None = None, **options: Any) -> None:
+        run_attention(lib, layout, *args, lse=lse, return_lse=lse is not None, **options)
 
-    _ops.library.impl(layout, op, "CUDA")
-    _ops.library.impl(f"{layout}_out", op_out, "CUDA")
+    _ops.library.impl(layout, or_elsewhere(run, elsewhere), "CUDA")
+    _ops.library.impl(f"{layout}_out", or_elsewhere(run_out, elsewhere_out), "CUDA")
 
 
 @cache

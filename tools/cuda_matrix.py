@@ -26,6 +26,7 @@ ALL = ("80", "86", "89", "90a", "100", "120")
 # pattern of a kernel's symbol -> instructions that must stand in its SASS
 PROMISES = {
     "attention_sm80": ("HMMA.16816.F32", "LDSM.16.M88.4", "LDSM.16.MT88.4", "LDGSTS.E.BYPASS.128", "MUFU.EX2"),
+    "int4_gemm": ("HMMA.16816.F32", "LDGSTS.E.BYPASS.128", "LOP3.LUT", "PRMT"),
     "norm_rows.*ELi[48]E": ("LDG.E.NA.128", "STG.E.128"),  # the kernels for aligned rows
     "gated_rows.*ELi[48]E": ("LDG.E.NA.128", "STG.E.128"),
 }

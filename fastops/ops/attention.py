@@ -286,7 +286,7 @@ def _elsewhere_out(*args: Any, out: Tensor, lse: Tensor | None = None, **options
 
 _ops.implement_elsewhere("attention", _elsewhere)
 _ops.implement_elsewhere("attention_out", _elsewhere_out)
-_cuda.implement("attention", _elsewhere)
+_cuda.implement("attention", _elsewhere, _elsewhere_out)
 
 
 @torch.library.register_fake("fastops::attention_backward")

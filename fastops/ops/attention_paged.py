@@ -271,4 +271,4 @@ def _elsewhere_out(*args: Any, out: Tensor, lse: Tensor | None = None, **options
 
 _ops.implement_elsewhere("attention_paged", _elsewhere)
 _ops.implement_elsewhere("attention_paged_out", _elsewhere_out)
-_cuda.implement("attention_paged", _elsewhere)
+_cuda.implement("attention_paged", _elsewhere, _elsewhere_out)

@@ -249,7 +249,7 @@ def _elsewhere_out(*args: Any, out: Tensor, lse: Tensor | None = None, **options
 
 _ops.implement_elsewhere("attention_varlen", _elsewhere)
 _ops.implement_elsewhere("attention_varlen_out", _elsewhere_out)
-_cuda.implement("attention_varlen", _elsewhere)
+_cuda.implement("attention_varlen", _elsewhere, _elsewhere_out)
 
 
 @torch.library.register_fake("fastops::attention_varlen_backward")

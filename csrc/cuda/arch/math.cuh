@@ -46,4 +46,30 @@ __device__ __forceinline__ uint32_t pack2<bf16>(float low, float high) {
   return y;
 }
 
+// (x & mask) | bits in one instruction. PTX ISA: lop3
+__device__ __forceinline__ uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) {
+  uint32_t y;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;\n" : "=r"(y) : "r"(x), "r"(mask), "r"(bits));
+  return y;
+}
+// Bytes of the pair (a, b), a in the lower half, chosen by the digits of `select`. PTX ISA: prmt
+__device__ __forceinline__ uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t select) {
+  return __byte_perm(a, b, select);
+}
+// a b + c for both halves of a register. PTX ISA: fma.rn.f16x2, fma.rn.bf16x2
+template <class T>
+__device__ __forceinline__ uint32_t fma2(uint32_t a, uint32_t b, uint32_t c);
+template <>
+__device__ __forceinline__ uint32_t fma2<f16>(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t y;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;\n" : "=r"(y) : "r"(a), "r"(b), "r"(c));
+  return y;
+}
+template <>
+__device__ __forceinline__ uint32_t fma2<bf16>(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t y;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;\n" : "=r"(y) : "r"(a), "r"(b), "r"(c));
+  return y;
+}
+
 }  // namespace fastops::cuda

@@ -156,6 +156,24 @@ inline uint32_t pack2(float low, float high) {
 }
 
 // ---- memory
+inline uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) { return (x & mask) | bits; }
+inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t select) {
+  const uint64_t both = a | static_cast<uint64_t>(b) << 32;
+  uint32_t y = 0;
+  for (int i = 0; i < 4; ++i) y |= static_cast<uint32_t>(both >> (8 * (select >> (4 * i) & 7)) & 255) << (8 * i);
+  return y;
+}
+template <class T>
+inline uint32_t fma2(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t y = 0;
+  for (int half = 0; half < 2; ++half) {
+    T r;
+    from_f32(std::fma(half_of<T>(a, half), half_of<T>(b, half), half_of<T>(c, half)), &r);
+    y |= static_cast<uint32_t>(r.bits) << (16 * half);
+  }
+  return y;
+}
+
 // ----------------------------------------------------------------------------------------------------------
 struct alignas(16) Bytes16 {
   uint32_t word[4];

@@ -38,6 +38,11 @@ FASTOPS_API fastops_status fastops_cuda_attention_workspace(const fastops_attent
                                                             size_t* bytes);
 FASTOPS_API fastops_status fastops_cuda_attention_fwd(const fastops_attention_desc* desc, fastops_cuda_env* env);
 FASTOPS_API fastops_status fastops_cuda_merge_states(const fastops_merge_states_desc* desc, fastops_cuda_env* env);
+/* The packed form is fastops_int4_pack's. x: fp16 or bf16, its rows 16-byte aligned; groups of a multiple of 32 columns
+ * (or one group); no perm (gather the columns of x first) and no int8: FASTOPS_ERR_UNSUPPORTED otherwise. */
+FASTOPS_API fastops_status fastops_cuda_int4_linear_workspace(const fastops_int4_linear_desc* desc,
+                                                              fastops_cuda_env* env, size_t* bytes);
+FASTOPS_API fastops_status fastops_cuda_int4_linear(const fastops_int4_linear_desc* desc, fastops_cuda_env* env);
 FASTOPS_API fastops_status fastops_cuda_norm(const fastops_norm_desc* desc, fastops_cuda_env* env);
 FASTOPS_API fastops_status fastops_cuda_gated(const fastops_gated_desc* desc, fastops_cuda_env* env);
 

@@ -1,0 +1,139 @@
+// The INT4 product's C API on a GPU: checks, the choice of tile and splits, the launches.
+#include "core/checks.h"
+#include "cuda/int4_linear/int4_linear_sm80.cuh"
+#include "cuda/launch.h"
+
+namespace fastops::cuda {
+namespace {
+
+struct Plan {
+  Int4Args a{};
+  int tiles = 0;
+  size_t bytes = 0;
+};
+
+bool refuse(Checks& c, const char* what) { return c.fail(FASTOPS_ERR_UNSUPPORTED, "%s", what); }
+
+bool check(const fastops_int4_linear_desc& d, Int4Args* a, Checks& c) {
+  if (!c.struct_size(d.struct_size, sizeof d) || !c.floats("x", d.x) || !c.floats("out", d.out)) return false;
+  if (d.x.ndim != 2 || d.out.ndim != 2 || d.out.size[0] != d.x.size[0])
+    return c.fail(FASTOPS_ERR_VALUE, "x must be [M, K] and out [M, N]");
+  if (d.out.dtype != d.x.dtype && d.out.dtype != FASTOPS_F32)
+    return c.fail(FASTOPS_ERR_TYPE, "out must have x's dtype or be float32");
+  if (d.codes.ndim != 4 || d.codes.dtype != FASTOPS_U8)
+    return c.fail(FASTOPS_ERR_VALUE, "codes must be uint8 [ceil(N / 16), K / 8, 16, 4]");
+  const int64_t N = d.out.size[1], blocks = (N + 15) / 16, eighths = d.codes.size[1], K = eighths * 8, Kx = d.x.size[1];
+  const int64_t codes[4] = {blocks, eighths, 16, 4};
+  if (!c.shape("codes", d.codes, 4, codes)) return false;
+  if (Kx < 8 || K % Kx != 0)
+    return c.fail(FASTOPS_ERR_VALUE, "x has %lld columns, which must divide the codes' %lld",
+                  static_cast<long long>(Kx), static_cast<long long>(K));
+  if (!c.floats("scales", d.scales)) return false;
+  const int64_t groups = d.scales.ndim == 3 ? d.scales.size[1] : 0;
+  if (groups < 1 || K % groups != 0)
+    return c.fail(FASTOPS_ERR_VALUE, "scales have %lld groups, which must divide K = %lld",
+                  static_cast<long long>(groups), static_cast<long long>(K));
+  const int64_t scales[3] = {blocks, groups, 16};
+  if (!c.shape("scales", d.scales, 3, scales)) return false;
+  if (given(d.zeros) && given(d.mins)) return c.fail(FASTOPS_ERR_VALUE, "give zeros or mins, not both");
+  for (const fastops_tensor* t : {&d.zeros, &d.mins})
+    if (given(*t) &&
+        !(c.shape("zeros or mins", *t, 3, scales) && c.same_dtype("zeros or mins", *t, "scales", d.scales)))
+      return false;
+  if (given(d.bias) && !(c.vector("bias", d.bias, N) &&
+                         (d.bias.dtype == FASTOPS_F32 || c.fail(FASTOPS_ERR_TYPE, "bias must be float32"))))
+    return false;
+  if (d.x.dtype == FASTOPS_F32) return refuse(c, "x is float32 (the kernel takes float16, bfloat16)");
+  if (d.int8) return refuse(c, "int8 activations");
+  if (given(d.perm)) return refuse(c, "a permutation: gather the columns of x first");
+  if (groups > 1 && K / groups % 32 != 0) return refuse(c, "groups that are not a multiple of 32 columns");
+  if (reinterpret_cast<uintptr_t>(d.x.data) % 16 != 0 || d.x.stride[0] % 8 != 0 || Kx % 8 != 0 ||
+      reinterpret_cast<uintptr_t>(d.codes.data) % 16 != 0)
+    return refuse(c, "rows of x that do not begin at multiples of 16 bytes");
+  const fastops_tensor* dense[] = {&d.codes, &d.scales, &d.zeros, &d.mins};
+  for (const fastops_tensor* t : dense) {
+    int64_t step = 1;
+    for (int i = t->ndim - 1; i >= 0; step *= t->size[i--])
+      if (t->size[i] > 1 && t->stride[i] != step)
+        return c.fail(FASTOPS_ERR_VALUE, "codes, scales, zeros and mins must be contiguous");
+  }
+  a->x = static_cast<const char*>(d.x.data);
+  a->out = static_cast<char*>(d.out.data);
+  a->codes = static_cast<const uint8_t*>(d.codes.data);
+  a->scales = d.scales.data;
+  a->zeros = d.zeros.data;
+  a->mins = d.mins.data;
+  a->bias = static_cast<const float*>(d.bias.data);
+  a->M = d.x.size[0];
+  a->N = N;
+  a->K = K;
+  a->Kx = Kx;
+  a->ldx = d.x.stride[0];
+  a->ldo = d.out.stride[0];
+  a->groups = groups;
+  a->group_size = K / groups;
+  a->scale_dtype = d.scales.dtype;
+  a->out_f32 = d.out.dtype == FASTOPS_F32;
+  return true;
+}
+
+fastops_status plan_of(const fastops_int4_linear_desc& d, fastops_cuda_env* env, Plan* plan) {
+  Device device;
+  const fastops_status status = device_of(env, &device);
+  if (status != FASTOPS_OK) return status;
+  Checks c("int4_linear", env->message);
+  Int4Args& a = plan->a;
+  if (!check(d, &a, c)) return c.status();
+  plan->tiles = int4_tiles(a.M);
+  const int64_t blocks = (a.N + kInt4Columns - 1) / kInt4Columns * ((a.M + 16 * plan->tiles - 1) / (16 * plan->tiles));
+  const int64_t chunks = (a.K + kInt4Depth - 1) / kInt4Depth, splits = int4_splits(blocks, a.K, device.sm_count);
+  a.split_chunks = (chunks + splits - 1) / splits;
+  a.splits = (chunks + a.split_chunks - 1) / a.split_chunks;  // none of them empty
+  if (a.splits > 1) plan->bytes = static_cast<size_t>(a.splits * a.M * a.N) * sizeof(float);
+  return FASTOPS_OK;
+}
+
+template <class T, int kTiles>
+fastops_status run(const Int4Args& a, fastops_cuda_env* env) {
+  const Grid grid{(a.N + kInt4Columns - 1) / kInt4Columns, (a.M + 16 * kTiles - 1) / (16 * kTiles), a.splits,
+                  kInt4Threads, int4_stage_bytes(kTiles) * kInt4Stages};
+  fastops_status status = a.zeros || a.mins ? launch<int4_gemm<T, kTiles, true>>(grid, env, a)
+                                            : launch<int4_gemm<T, kTiles, false>>(grid, env, a);
+  if (status == FASTOPS_OK && a.splits > 1)
+    status = launch<int4_add<T>>({(a.M * a.N + kInt4Threads - 1) / kInt4Threads, 1, 1, kInt4Threads, 0}, env, a);
+  return status;
+}
+
+template <class T>
+fastops_status run_tiles(const Plan& plan, fastops_cuda_env* env) {
+  if (plan.tiles == 1) return run<T, 1>(plan.a, env);
+  return plan.tiles == 2 ? run<T, 2>(plan.a, env) : run<T, 4>(plan.a, env);
+}
+
+}  // namespace
+}  // namespace fastops::cuda
+
+using namespace fastops;
+using namespace fastops::cuda;
+
+extern "C" fastops_status fastops_cuda_int4_linear_workspace(const fastops_int4_linear_desc* desc,
+                                                             fastops_cuda_env* env, size_t* bytes) {
+  Plan plan;
+  const fastops_status status = plan_of(*desc, env, &plan);
+  *bytes = plan.bytes;
+  return status;
+}
+
+extern "C" fastops_status fastops_cuda_int4_linear(const fastops_int4_linear_desc* desc, fastops_cuda_env* env) {
+  Plan plan;
+  const fastops_status status = plan_of(*desc, env, &plan);
+  if (status != FASTOPS_OK) return status;
+  if (plan.bytes > 0 && (env->workspace == nullptr || env->workspace_size < plan.bytes)) {
+    set_message(env->message, "int4_linear: workspace has %zu bytes, needs %zu", env->workspace_size, plan.bytes);
+    return FASTOPS_ERR_WORKSPACE;
+  }
+  plan.a.partial = static_cast<float*>(env->workspace);
+  env->variant = "sm80";
+  if (plan.a.M == 0 || plan.a.N == 0) return FASTOPS_OK;
+  return desc->x.dtype == FASTOPS_F16 ? run_tiles<f16>(plan, env) : run_tiles<bf16>(plan, env);
+}

@@ -1,0 +1,233 @@
+// x times a weight of 4-bit codes for sm_80 and later, after Marlin (Frantar et al. 2024, section 3): four stages of x
+// and codes on their way by cp.async, codes expanded in registers by lop3, fp16 or bf16 products by mma.m16n8k16, fp32
+// sums.
+//
+// A block makes 16 to 64 rows by 128 features, each warp 32 of these; K may be split over blocks, whose fp32 parts a
+// second kernel adds in a fixed order. The codes come as fastops_int4_pack leaves them for the CPU: word (octet of k,
+// feature) holds k in the order 0 4 1 5 2 6 3 7. A product does not care which k stands in which slot of a fragment as
+// long as both sides agree, so thread t of a group of four takes octet t of 32 k for itself:
+//
+//   slots of mma       2t 2t+1 | 2t+8 2t+9      first product: k 0 2 | 1 3 of octet t      second: k 4 6 | 5 7
+//   its code word      bits 0, 16: k 0 2   bits 4, 20: k 4 6   bits 8, 24: k 1 3   bits 12, 28: k 5 7
+//   its part of x      16 bytes of a row, whose halves two permutations bring into that order
+//
+// Group scales are not multiplied into the codes (which would round them) but into the sums of each group: code - 8 is
+// exact in 16 bits. Zeros and minima go into sums of x, by one more product with a matrix of ones.
+#pragma once
+#include "cuda/arch/arch.h"
+#include "cuda/int4_linear/int4_config.h"
+
+namespace fastops::cuda {
+
+struct Int4Args {
+  const char* x;
+  char* out;
+  const uint8_t* codes;
+  const void *scales, *zeros, *mins;
+  const float* bias;
+  float* partial;  // [splits][M][N]
+  int64_t M, N, K, Kx, ldx, ldo, groups, group_size, splits, split_chunks;
+  int32_t scale_dtype;
+  bool out_f32;
+};
+
+// A number whose unit is 1: its lowest bits take a code. In both halves of a register.
+template <class T>
+struct Magic;
+template <>
+struct Magic<f16> {
+  static constexpr uint32_t kBits = 0x64006400u, kOne = 0x3c003c00u, kMinus = 0xe408e408u;  // 1024, 1, -1032
+};
+template <>
+struct Magic<bf16> {
+  static constexpr uint32_t kBits = 0x43004300u, kOne = 0x3f803f80u, kMinus = 0xc308c308u;  // 128, 1, -136
+};
+
+FASTOPS_DEVICE float scale_at(const void* p, int32_t dtype, int64_t i) {
+  if (dtype == 1) return static_cast<const float*>(p)[i];
+  return dtype == 2 ? widen(static_cast<const f16*>(p)[i]) : widen(static_cast<const bf16*>(p)[i]);
+}
+
+template <class T, int kTiles, bool kShift>
+FASTOPS_KERNEL(kInt4Threads, kTiles == 4 ? 2 : 4)
+int4_gemm(const Int4Args a) {
+  constexpr int kRows = 16 * kTiles, kOctets = kInt4Depth / 8;
+  constexpr int kRowBytes = kInt4Depth * 2, kBlockBytes = kOctets * 64;  // of x, and of the codes of 16 features
+  const int lane = lane_index(), warp = warp_index(), g = lane / 4, t = lane % 4;
+  const int64_t column0 = block_x() * kInt4Columns, row0 = block_y() * kRows;
+  const int64_t chunks = (a.K + kInt4Depth - 1) / kInt4Depth, first = block_z() * a.split_chunks;
+  const int64_t end = first + a.split_chunks < chunks ? first + a.split_chunks : chunks;
+  char* const shared = dynamic_shared();
+  const auto x_of = [&](int64_t chunk) { return shared + chunk % kInt4Stages * int4_stage_bytes(kTiles); };
+  // Sixteen-byte places are exchanged so that the lanes of a quarter warp meet no bank twice.
+  const auto x_at = [](int row, int octet) { return row * kRowBytes + (octet ^ ((row & 1) << 2)) * 16; };
+  const auto code_at = [](int block, int octet, int quarter) {
+    return block * kBlockBytes + octet * 64 + (quarter ^ ((octet >> 1 & 1) << 1)) * 16;
+  };
+
+  const auto load = [&](int64_t chunk) {
+    char* xs = x_of(chunk);
+    FASTOPS_UNROLL_BY(1)
+    for (int i = thread_index(); i < kRows * kOctets; i += kInt4Threads) {
+      const int r = i / kOctets, octet = i % kOctets;
+      const int64_t row = row0 + r, k = chunk * kInt4Depth + octet * 8;
+      const bool there = row < a.M && k < a.K;
+      const char* from = there ? a.x + (row * a.ldx + k % a.Kx) * 2 : a.x;
+      cp_async16(xs + x_at(r, octet), from, there);
+    }
+    char* codes = xs + kRows * kRowBytes;
+    FASTOPS_UNROLL_BY(1)
+    for (int i = thread_index(); i < kInt4Columns / 16 * kOctets * 4; i += kInt4Threads) {
+      const int quarter = i % 4, octet = i / 4 % kOctets, block = i / 4 / kOctets;
+      const int64_t b = column0 / 16 + block, k8 = chunk * kOctets + octet;
+      const bool there = b * 16 < a.N && k8 * 8 < a.K;
+      const uint8_t* from = there ? a.codes + (b * (a.K / 8) + k8) * 64 + quarter * 16 : a.codes;
+      cp_async16(codes + code_at(block, octet, quarter), from, there);
+    }
+  };
+
+  float total[kTiles][4][4], part[kTiles][4][4], sums[kTiles][4];
+  const auto clear = [&] {
+    FASTOPS_UNROLL
+    for (int m = 0; m < kTiles; ++m) {
+      FASTOPS_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        sums[m][i] = 0.0f;
+        FASTOPS_UNROLL
+        for (int n = 0; n < 4; ++n) part[m][n][i] = 0.0f;
+      }
+    }
+  };
+  clear();
+  FASTOPS_UNROLL
+  for (int m = 0; m < kTiles; ++m) {
+    FASTOPS_UNROLL
+    for (int n = 0; n < 4; ++n) {
+      FASTOPS_UNROLL
+      for (int i = 0; i < 4; ++i) total[m][n][i] = 0.0f;
+    }
+  }
+  // The sums of a group, with its numbers, into the totals. Tile n of a warp holds features 8 n to 8 n + 7 of its 32.
+  const auto flush = [&](int64_t group) {
+    const int64_t base = ((column0 / 16 + 2 * warp) * a.groups + group) * 16 + 2 * t;
+    const int step = static_cast<int>(a.groups) * 16, left = static_cast<int>(a.N - column0) - warp * 32 - 2 * t;
+    FASTOPS_UNROLL
+    for (int n = 0; n < 4; ++n) {
+      FASTOPS_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        if (n * 8 + i >= left) continue;
+        const int64_t at = base + n / 2 * step + n % 2 * 8 + i;
+        const float scale = scale_at(a.scales, a.scale_dtype, at);
+        float shift = 0.0f;
+        if (kShift)
+          shift = a.zeros ? (8.0f - scale_at(a.zeros, a.scale_dtype, at)) * scale
+                          : 8.0f * scale - scale_at(a.mins, a.scale_dtype, at);
+        FASTOPS_UNROLL
+        for (int m = 0; m < kTiles; ++m) {
+          FASTOPS_UNROLL
+          for (int r = 0; r < 2; ++r) {
+            total[m][n][2 * r + i] += scale * part[m][n][2 * r + i];
+            if (kShift) total[m][n][2 * r + i] += shift * sums[m][2 * r];
+          }
+        }
+      }
+    }
+    clear();
+  };
+
+  for (int s = 0; s < kInt4Stages - 1; ++s) {
+    if (first + s < end) load(first + s);
+    cp_async_commit();
+  }
+  for (int64_t chunk = first; chunk < end; ++chunk) {
+    cp_async_wait<kInt4Stages - 2>();
+    block_sync();  // this chunk is there, and nobody reads the one before it any more
+    if (chunk + kInt4Stages - 1 < end) load(chunk + kInt4Stages - 1);
+    cp_async_commit();
+    const char* xs = x_of(chunk);
+    const char* codes = xs + kRows * kRowBytes;
+    FASTOPS_UNROLL
+    for (int j = 0; j < 2; ++j) {
+      const int octet = 4 * j + t;
+      uint32_t xa[kTiles][2][4];  // of the two products
+      FASTOPS_UNROLL
+      for (int m = 0; m < kTiles; ++m) {
+        FASTOPS_UNROLL
+        for (int r = 0; r < 2; ++r) {
+          const auto* w = reinterpret_cast<const uint32_t*>(xs + x_at(16 * m + 8 * r + g, octet));
+          const uint32_t k01 = w[0], k23 = w[1], k45 = w[2], k67 = w[3];
+          xa[m][0][r] = permute_bytes(k01, k23, 0x5410);
+          xa[m][0][2 + r] = permute_bytes(k01, k23, 0x7632);
+          xa[m][1][r] = permute_bytes(k45, k67, 0x5410);
+          xa[m][1][2 + r] = permute_bytes(k45, k67, 0x7632);
+        }
+        if (kShift) {
+          mma_m16n8k16<T>(sums[m], xa[m][0], Magic<T>::kOne, Magic<T>::kOne);
+          mma_m16n8k16<T>(sums[m], xa[m][1], Magic<T>::kOne, Magic<T>::kOne);
+        }
+      }
+      FASTOPS_UNROLL
+      for (int n = 0; n < 4; ++n) {
+        const int quarter = n % 2 * 2 + g / 4;
+        const uint32_t word =
+            *reinterpret_cast<const uint32_t*>(codes + code_at(2 * warp + n / 2, octet, quarter) + g % 4 * 4);
+        uint32_t w[4];
+        FASTOPS_UNROLL
+        for (int i = 0; i < 4; ++i)
+          w[i] = fma2<T>(and_or(word >> (4 * i), 0x000f000fu, Magic<T>::kBits), Magic<T>::kOne, Magic<T>::kMinus);
+        FASTOPS_UNROLL
+        for (int m = 0; m < kTiles; ++m) {
+          mma_m16n8k16<T>(part[m][n], xa[m][0], w[0], w[2]);
+          mma_m16n8k16<T>(part[m][n], xa[m][1], w[1], w[3]);
+        }
+      }
+      const int64_t k = chunk * kInt4Depth + 32 * (j + 1);
+      if (k % a.group_size == 0 && k < a.K) flush(k / a.group_size - 1);
+    }
+  }
+  cp_async_wait<0>();
+  if (first < end) {  // what a group has left
+    const int64_t k = end * kInt4Depth < a.K ? end * kInt4Depth : a.K;
+    flush((k - 1) / a.group_size);
+  }
+
+  FASTOPS_UNROLL
+  for (int m = 0; m < kTiles; ++m) {
+    FASTOPS_UNROLL
+    for (int n = 0; n < 4; ++n) {
+      FASTOPS_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const int64_t row = row0 + 16 * m + g + i / 2 * 8, column = column0 + warp * 32 + n * 8 + 2 * t + i % 2;
+        if (row >= a.M || column >= a.N) continue;
+        float y = total[m][n][i];
+        if (a.splits > 1) {
+          a.partial[(block_z() * a.M + row) * a.N + column] = y;
+          continue;
+        }
+        if (a.bias) y += a.bias[column];
+        if (a.out_f32)
+          reinterpret_cast<float*>(a.out)[row * a.ldo + column] = y;
+        else
+          narrow(y, reinterpret_cast<T*>(a.out) + row * a.ldo + column);
+      }
+    }
+  }
+}
+
+// The parts of a split K, added in order.
+template <class T>
+FASTOPS_KERNEL(kInt4Threads, 8)
+int4_add(const Int4Args a) {
+  const int64_t i = block_x() * kInt4Threads + thread_index();
+  if (i >= a.M * a.N) return;
+  const int64_t row = i / a.N, column = i % a.N;
+  float y = 0.0f;
+  for (int64_t s = 0; s < a.splits; ++s) y += a.partial[s * a.M * a.N + i];
+  if (a.bias) y += a.bias[column];
+  if (a.out_f32)
+    reinterpret_cast<float*>(a.out)[row * a.ldo + column] = y;
+  else
+    narrow(y, reinterpret_cast<T*>(a.out) + row * a.ldo + column);
+}
+
+}  // namespace fastops::cuda

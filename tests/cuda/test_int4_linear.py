@@ -1,0 +1,95 @@
+"""The CUDA INT4 product, emulated on CPU tensors, against the reference."""
+
+import os
+
+import pytest
+import torch
+
+import fastops
+from fastops import Int4Weight, int4
+from fastops.ops.int4_linear import reference
+from fastops.testing import assert_matches, guarded
+
+DTYPES = [torch.float16, torch.bfloat16]
+
+
+def check(x, weight, bias=None, what=""):
+    with torch.no_grad(), fastops.override(int4_linear="cuda-emulated"):
+        got = fastops.int4_linear(x, weight, bias)
+    exact = reference(x.double(), weight, bias)
+    same = (x.float() @ weight.dequantize().to(x.dtype).float().T + (0 if bias is None else bias.float())).to(x.dtype)
+    assert_matches(got, exact, same, factor=3, what=what)
+    return got
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(1, 128, 256), (5, 40, 64), (17, 136, 320), (33, 24, 128), (70, 256, 96), (2, 8, 40)]
+)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_shapes(dtype, m, n, k, symmetric):
+    """Each tile height, tails of every dimension, splits of K; symmetric and with zeros."""
+    weight = int4.quantize(torch.randn(n, k), group_size=32 if k % 32 == 0 else -1, symmetric=symmetric)
+    check(torch.randn(m, k).to(dtype), weight, torch.randn(n) if m % 2 else None, f"{m} {n} {k}")
+
+
+@pytest.mark.parametrize("group", [-1, 32, 64, 96, 128])
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_groups_zeros_and_minima(group, scale_dtype):
+    n, k = 48, 384
+    codes = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8)
+    groups = 1 if group == -1 else k // group
+    scales = (torch.rand(n, groups) * 0.1 + 0.01).to(scale_dtype)
+    x = torch.randn(9, k).half()
+    check(x, Int4Weight(codes, scales), what="symmetric")
+    check(x, Int4Weight(codes, scales, zeros=(torch.rand(n, groups) * 15).to(scale_dtype)), what="float zeros")
+    mins = torch.rand(n, groups).to(scale_dtype)
+    scales[3] = 0.0  # a group of one value: only its minimum counts
+    check(x, Int4Weight(codes, scales, mins=mins), what="minima")
+
+
+def test_act_order_planes_and_shapes_of_x():
+    weight = int4.quantize(torch.randn(64, 256), group_size=32)
+    perm = torch.randperm(256, dtype=torch.int32)
+    check(torch.randn(3, 256).half(), Int4Weight(weight.codes, weight.scales, perm=perm), what="perm")
+    check(torch.randn(3, 256).half(), int4.quantize(torch.randn(64, 256), group_size=32, bits=8), what="8 bits")
+    x = torch.randn(2, 3, 512).half()[..., :256]
+    assert check(x, weight, what="strided").shape == (2, 3, 64)
+    check(torch.empty(0, 256).half(), weight, what="no rows")
+
+
+def test_orders_of_warps_agree():
+    weight, x = int4.quantize(torch.randn(136, 1024), group_size=128), torch.randn(20, 1024).half()
+    results = []
+    for seed in range(4):
+        os.environ["FASTOPS_EMULATOR_SEED"] = str(seed)
+        try:
+            results.append(check(x, weight))
+        finally:
+            del os.environ["FASTOPS_EMULATOR_SEED"]
+    assert all(torch.equal(r, results[0]) for r in results)
+
+
+@pytest.mark.parametrize("end", [True, False])
+def test_guard_pages(end):
+    from fastops._cuda import library
+
+    for m, n, k in ((1, 40, 64), (19, 24, 1024)):
+        packed = int4.quantize(torch.randn(n, k), group_size=32, symmetric=False).packed()
+        x, codes, scales, zeros = (
+            guarded(t, end) for t in (torch.randn(m, k).half(), packed.codes, packed.scales, packed.zeros)
+        )
+        library(True).int4_linear(x, codes, scales, n, zeros, out=guarded(torch.empty(m, n).half(), end))
+
+
+def test_refusals():
+    weight, x = int4.quantize(torch.randn(16, 48), group_size=16), torch.randn(2, 48)
+    with torch.no_grad(), fastops.override(int4_linear="cuda-emulated"):
+        with pytest.raises(fastops.NotSupportedError, match="x is float32"):
+            fastops.int4_linear(x, weight)
+        with pytest.raises(fastops.NotSupportedError, match="multiple of 32 columns"):
+            fastops.int4_linear(x.half(), weight)
+        with pytest.raises(fastops.NotSupportedError, match="int8 activations"):
+            fastops.int4_linear(x.half(), weight, activations="int8")
+    with fastops.override(int4_linear="cuda-emulated"), pytest.raises(fastops.NotSupportedError, match="no gradients"):
+        fastops.int4_linear(x.half().requires_grad_(), weight)
