@@ -268,9 +268,13 @@ class Library:
         return out
 
 
-@cache
+# Loaded here, not at first use: a choice that torch.compile traces may only read constants.
+_EMULATED, _CUDA = Library(True), Library(False)
+_MISSING = (_CUDA.missing, _EMULATED.missing)
+
+
 def library(emulated: bool) -> Library:
-    return Library(emulated)
+    return _EMULATED if emulated else _CUDA
 
 
 def why_not(emulated: bool) -> Callable[[Call], str | None]:
@@ -280,9 +284,8 @@ def why_not(emulated: bool) -> Callable[[Call], str | None]:
         device = "cpu" if emulated else "cuda"
         if call.device != device:
             return f"device is {call.device} (needs {device})"
-        lib = library(emulated)
-        if lib.missing:
-            return lib.missing
+        if _MISSING[emulated]:
+            return _MISSING[emulated]
         if call.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             return f"dtype is {common.name_of(call.dtype)} (takes float32, float16, bfloat16)"
         if call.needs_reference_grad:

@@ -28,7 +28,7 @@ class Explanation:
         lines = [f"{self.op} {self.summary} -> {self.chosen}{variant}{how}"]
         for name, reason in self.reasons.items():
             note = "chosen" if name == self.chosen else "could run, lower priority" if reason is None else reason
-            lines.append(f"  {name:<10}{note}")
+            lines.append(f"  {name:<14}{note}")
         return "\n".join(lines)
 
     __repr__ = __str__

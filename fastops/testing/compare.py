@@ -9,9 +9,13 @@ from torch import Tensor
 _FLOOR = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float64: 1e-12}
 
 
-def assert_matches(actual: Tensor, exact: Tensor, same_precision: Tensor, factor: float = 2.0, what: str = "") -> None:
+def assert_matches(
+    actual: Tensor, exact: Tensor, same_precision: Tensor, factor: float = 2.0, what: str = "", least: float = 1e-3
+) -> None:
     """|actual - exact| <= factor * max |same_precision - exact| + floor, where `exact` is an fp64 result and
-    `same_precision` the one torch computes in actual's dtype. NaN and inf must stand in the same places.
+    `same_precision` the one torch computes in actual's dtype. NaN and inf must stand in the same places. The floor is
+    some units in the last place of the largest result, or of `least` (1 for a logarithm, whose absolute error is the
+    relative one of its argument).
 
     On failure names the worst coordinate and both values.
     """
@@ -29,7 +33,7 @@ def assert_matches(actual: Tensor, exact: Tensor, same_precision: Tensor, factor
     error = torch.where(odd, zero, (a - e).abs())
     theirs = torch.where(odd | ~torch.isfinite(s), zero, (s - e).abs()).max().item()
     size = torch.where(odd, zero, e.abs()).max().item()
-    allowed = factor * theirs + _FLOOR[actual.dtype] * max(size, 1e-3)
+    allowed = factor * theirs + _FLOOR[actual.dtype] * max(size, least)
     if error.max().item() > allowed:
         at = tuple(torch.unravel_index(error.argmax(), error.shape))
         index = tuple(int(i) for i in at)

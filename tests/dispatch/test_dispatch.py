@@ -25,10 +25,11 @@ def run(code, **env):
 def test_explain_lists_every_provider():
     e = fastops.explain("attention", Q, K, K, causal=True)
     assert e.chosen == "cpp"
-    assert set(e.reasons) == {"cpp", "cuda", "triton", "torch", "reference"}
+    assert set(e.reasons) == {"cpp", "cuda", "cuda-emulated", "triton", "torch", "reference"}
     text = str(e)
     assert "attention [1,4,4,64] [1,6,2,64] [1,6,2,64] float32 cpu -> cpp / " in text
-    assert "attention has no cuda implementation yet" in text
+    assert "attention has no triton implementation yet" in text
+    assert "  cuda-emulated dtype is float32 (takes float16, bfloat16)" in text
 
 
 def test_explain_refuses_what_the_operator_refuses():

@@ -121,7 +121,7 @@ def test_explain(capsys):
     assert cli.main(["explain", "attention", "--q", "1,8,4,64", "--k", "1,8,2,64", "--dtype", "bf16", "--causal"]) == 0
     shown = capsys.readouterr().out
     assert "attention [1,8,4,64] [1,8,2,64] [1,8,2,64] bfloat16 cpu -> cpp" in shown
-    assert "triton    attention has no triton implementation yet" in shown
+    assert "triton        attention has no triton implementation yet" in shown
     assert cli.main(["explain", "attention", "--q", "1,8,4,64", "--k", "1,8,3,64"]) == 2
     assert "need Hq % Hkv == 0" in capsys.readouterr().err
 

@@ -26,7 +26,7 @@ def check(q, k, v, **options):
     exact, exact_lse = common.attend(q.double(), k.double(), v.double(), **wide)
     assert_matches(out, exact, naive(q, k, v, **options), what=f"out {list(q.shape)} {list(v.shape)} {options}")
     _, lse32 = common.attend(q.float(), k.float(), v.float(), **options)
-    assert_matches(lse, exact_lse, lse32, factor=4, what=f"lse {list(q.shape)} {options}")
+    assert_matches(lse, exact_lse, lse32, factor=4, what=f"lse {list(q.shape)} {options}", least=1.0)
     return out
 
 

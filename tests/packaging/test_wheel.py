@@ -49,6 +49,7 @@ def test_wheel_has_everything(unpacked):
     for name in (
         "fastops/lib/libfastops.so",
         "fastops/lib/libfastops_torch.so",
+        "fastops/lib/libfastops_emulated.so",
         "fastops/include/fastops/fastops.h",
         "fastops/lib/cmake/fastops/fastops-config.cmake",
         "fastops/lib/cmake/fastops/fastops-config-version.cmake",
