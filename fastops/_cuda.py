@@ -85,6 +85,15 @@ class _MergeStates(ctypes.Structure):
     )  # fmt: skip
 
 
+class _Rope(ctypes.Structure):
+    _fields_ = (
+        ("struct_size", ctypes.c_uint32), ("interleaved", ctypes.c_int32), ("inverse", ctypes.c_int32),
+        *((n, _Tensor) for n in ("q", "q_out", "k", "k_out", "cos", "sin", "positions", "q_weight", "k_weight", "v",
+                                 "k_cache", "v_cache", "slots")),
+        ("eps", ctypes.c_float), ("weight_offset", ctypes.c_float),
+    )  # fmt: skip
+
+
 class _Int4Linear(ctypes.Structure):
     _fields_ = (
         ("struct_size", ctypes.c_uint32), ("int8", ctypes.c_int32),
@@ -266,6 +275,30 @@ class Library:
         _fill(desc, x=x, out=out, codes=codes, scales=scales, zeros=zeros, mins=mins, bias=bias)
         self.call("int4_linear", desc, x, workspace=True)
         return out
+
+    def rope(
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        *,
+        interleaved: bool = False,
+        inverse: bool = False,
+        eps: float = 1e-6,
+        weight_offset: float = 0.0,
+        q_out: Tensor | None = None,
+        k_out: Tensor | None = None,
+        **tensors: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """apply_rope and qk_norm_rope: `tensors` by their names in fastops_rope_desc. Without k its result is empty."""
+        q_out = q.new_empty(q.shape) if q_out is None else q_out
+        if k is not None and k_out is None and tensors.get("slots") is None:
+            k_out = k.new_empty(k.shape)
+        desc = _Rope(struct_size=ctypes.sizeof(_Rope), interleaved=int(interleaved), inverse=int(inverse), eps=eps,
+                     weight_offset=weight_offset)  # fmt: skip
+        self.call("rope", _fill(desc, q=q, q_out=q_out, k=k, k_out=k_out, cos=cos, sin=sin, **tensors), q)
+        return q_out, q.new_empty((0,)) if k_out is None else k_out
 
 
 # Loaded here, not at first use: a choice that torch.compile traces may only read constants.

@@ -57,13 +57,27 @@ def _and_mul_backward(lib: Library, dout: Tensor, x: Tensor, activation: int) ->
     return torch.cat(lib.gated_backward(dout, gate, up, activation), -1)
 
 
+def _qk_norm_rope(
+    lib: Library,
+    q: Tensor,
+    k: Tensor | None,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    return lib.rope(q, k, cos, sin, q_weight=q_weight, k_weight=k_weight, **options)
+
+
 _WITH_OUT: dict[str, Callable[..., Tensor]] = {
     "rms_norm": _rms_norm, "layer_norm": _layer_norm, "silu_and_mul": _halves(0), "gelu_and_mul": _halves(None),
     "swiglu": _two(0), "geglu": _two(None),
 }  # fmt: skip
 _OTHERS: dict[str, Callable[..., Any]] = {
     "norm": Library.norm, "fused_add_rms_norm": _fused_add, "gated_backward": Library.gated_backward,
-    "and_mul_backward": _and_mul_backward, "merge_states": Library.merge_states,
+    "and_mul_backward": _and_mul_backward, "merge_states": Library.merge_states, "apply_rope": Library.rope,
+    "qk_norm_rope": _qk_norm_rope,
 }  # fmt: skip
 
 
@@ -83,6 +97,8 @@ if library(False).missing is None:
         _implement(f"{_name}_out", _function, returns=False)
     for _name, _function in _OTHERS.items():
         _implement(_name, _function)
+    _implement("apply_rope_out", Library.rope, returns=False)
+    _implement("qk_norm_rope_out", _qk_norm_rope, returns=False)
 
 
 # ---- rows of the dispatch table --------------------------------------------------------------------------------------
@@ -128,7 +144,28 @@ def _emulated_fused_add_rms_norm(
     return (y, total) if quant is None else (y, scales.view(x.shape[:-1]))
 
 
+def _emulated_rope(
+    q: Tensor, k: Tensor | None, *rest: Any, out: tuple[Tensor, Tensor | None] | None = None, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    *weights, cos, sin = rest
+    for name, weight in zip(("q_weight", "k_weight"), weights, strict=False):
+        options[name] = common.kernel_vector(weight, q)
+    if options.get("v") is not None:
+        options["v"] = common.dense_rows(options["v"])
+    if out is not None:
+        options["q_out"], options["k_out"] = out
+    elif options.get("slots") is not None and k is not None:
+        options["k_out"] = torch.empty_like(k)
+    rows = None if k is None else common.dense_rows(k)
+    q_new, k_new = library(True).rope(
+        common.dense_rows(q), rows, common.dense_rows(cos), common.dense_rows(sin), **options
+    )
+    return q_new, None if k is None else k_new
+
+
 _EMULATED: dict[str, Callable[..., Any]] = {
+    "apply_rope": _emulated_rope,
+    "qk_norm_rope": _emulated_rope,
     "rms_norm": _emulated_rms_norm,
     "layer_norm": _emulated_layer_norm,
     "fused_add_rms_norm": _emulated_fused_add_rms_norm,

@@ -29,6 +29,7 @@ PROMISES = {
     "int4_gemm": ("HMMA.16816.F32", "LDGSTS.E.BYPASS.128", "LOP3.LUT", "PRMT"),
     "norm_rows.*ELi[48]E": ("LDG.E.NA.128", "STG.E.128"),  # the kernels for aligned rows
     "gated_rows.*ELi[48]E": ("LDG.E.NA.128", "STG.E.128"),
+    "rope_pieces": ("LDG.E.NA.128", "STG.E.128"),
 }
 
 

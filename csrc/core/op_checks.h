@@ -8,6 +8,8 @@ namespace fastops {
 bool check_norm(const fastops_norm_desc& d, Checks& c);
 bool check_norm(const fastops_norm_bwd_desc& d, Checks& c);
 bool check_gated(const fastops_gated_desc& d, Checks& c);
+constexpr int64_t kMaxRopeDim = 1024;
+bool check_rope(const fastops_rope_desc& d, Checks& c, bool on_device = false);
 fastops_status check_merge_states(const fastops_merge_states_desc& d, char* message);
 
 // Where row (b, s, h) lies in an outs-like tensor of merge_states, and in an lses-like one.
