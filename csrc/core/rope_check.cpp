@@ -1,22 +1,9 @@
 // Validity of a rope call. Positions and slots are looked at unless they lie in a device's memory.
-#include <cstring>
-
 #include "core/op_checks.h"
 #include "core/rows.h"
 
 namespace fastops {
 namespace {
-
-int64_t integer(const fastops_tensor& t, const char* at) {
-  if (t.dtype == FASTOPS_I32) {
-    int32_t x;
-    std::memcpy(&x, at, 4);
-    return x;
-  }
-  int64_t x;
-  std::memcpy(&x, at, 8);
-  return x;
-}
 
 // q and its like: [B,S,H,D] or [T,H,D].
 bool heads(const char* name, const fastops_tensor& t, const fastops_tensor& q, int64_t dim, Checks& c) {
@@ -69,7 +56,7 @@ bool check_rope(const fastops_rope_desc& d, Checks& c, bool on_device) {
     if (d.cos.ndim != 2) return c.fail(FASTOPS_ERR_VALUE, "with positions, cos and sin must be [P, R / 2]");
     const Rows rows(d.positions, 0);
     for (int64_t i = 0; i < rows.count && !on_device; ++i) {
-      const int64_t p = integer(d.positions, rows.at(i));
+      const int64_t p = index_at(d.positions.dtype, rows.at(i));
       if (p < 0 || p >= d.cos.size[0])
         return c.fail(FASTOPS_ERR_VALUE, "a position is %lld, cos and sin have rows 0 to %lld",
                       static_cast<long long>(p), static_cast<long long>(d.cos.size[0]) - 1);

@@ -12,17 +12,6 @@ namespace {
 
 constexpr int64_t kMaxDim = kMaxRopeDim;
 
-int64_t integer(const fastops_tensor& t, const char* at) {
-  if (t.dtype == FASTOPS_I32) {
-    int32_t x;
-    std::memcpy(&x, at, 4);
-    return x;
-  }
-  int64_t x;
-  std::memcpy(&x, at, 8);
-  return x;
-}
-
 char* slot_of(const fastops_tensor& cache, int64_t slot) {
   const int64_t page = cache.size[1], esize = size_of(cache.dtype);
   return static_cast<char*>(cache.data) + (slot / page * cache.stride[0] + slot % page * cache.stride[1]) * esize;
@@ -85,8 +74,9 @@ extern "C" fastops_status fastops_rope(const fastops_rope_desc* desc, fastops_en
     alignas(64) float cosines[kMaxDim + 16], sines[kMaxDim + 16];
     const int64_t end = (item + 1) * per < tokens ? (item + 1) * per : tokens;
     for (int64_t t = item * per; t < end; ++t) {
-      const int64_t angle = given(d.positions) ? integer(d.positions, positions.at(row_of(d.positions, 0, d.q, t)))
-                                               : row_of(d.cos, 1, d.q, t);
+      const int64_t angle = given(d.positions)
+                                ? index_at(d.positions.dtype, positions.at(row_of(d.positions, 0, d.q, t)))
+                                : row_of(d.cos, 1, d.q, t);
       variant.table.angles({cos.at(angle), sin.at(angle), d.cos.dtype, d.inverse != 0}, shape, cosines, sines);
       const auto turn = [&](const fastops_tensor& from, const Rows& in, char* out, int64_t out_step,
                             const float* weight) {
