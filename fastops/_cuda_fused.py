@@ -113,10 +113,12 @@ def _one_norm(
     out: Tensor | None,
     **options: Any,
 ) -> Any:
-    x = common.kernel_rows(x)
+    shape, x = x.shape, common.kernel_rows(x)
     weight, bias = common.kernel_vector(weight, x), common.kernel_vector(bias, x)
-    y, _, scales, _, _ = library(True).norm(x, None, weight, bias, eps, quant=QUANT[quant], out=out, **options)
-    return y if quant is None else (y, scales.view(x.shape[:-1]))
+    y, _, scales, _, _ = library(True).norm(x, None, weight, bias, eps, quant=QUANT[quant], **options)
+    if quant is not None:
+        return y.view(shape), scales.view(shape[:-1])
+    return y.view(shape) if out is None else out.copy_(y.view(shape))
 
 
 def _emulated_rms_norm(
@@ -137,11 +139,22 @@ def _emulated_fused_add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, weight_offset: float = 0.0,
     quant: str | None = None,
 ) -> Any:  # fmt: skip
+    rows, more = common.kernel_rows(x), common.kernel_rows(residual)
     y, total, scales, _, _ = library(True).norm(
-        x, residual, common.kernel_vector(weight, x), None, eps, weight_offset=weight_offset, quant=QUANT[quant],
-        out=x if quant is None else None, total=residual,
-    )  # fmt: skip
-    return (y, total) if quant is None else (y, scales.view(x.shape[:-1]))
+        rows, more, common.kernel_vector(weight, x), None, eps, weight_offset=weight_offset, quant=QUANT[quant]
+    )
+    residual.copy_(total.view(x.shape))
+    return (x.copy_(y.view(x.shape)), residual) if quant is None else (y.view(x.shape), scales.view(x.shape[:-1]))
+
+
+def _emulated_add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, weight_offset: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    rows, more = common.kernel_rows(x), common.kernel_rows(residual)
+    y, total, *_ = library(True).norm(
+        rows, more, common.kernel_vector(weight, x), None, eps, weight_offset=weight_offset
+    )
+    return y.view(x.shape), total.view(x.shape)
 
 
 def _emulated_rope(
@@ -169,6 +182,7 @@ _EMULATED: dict[str, Callable[..., Any]] = {
     "rms_norm": _emulated_rms_norm,
     "layer_norm": _emulated_layer_norm,
     "fused_add_rms_norm": _emulated_fused_add_rms_norm,
+    "add_rms_norm": _emulated_add_rms_norm,
     "merge_states": lambda outs, lses: library(True).merge_states(outs, lses),
 }
 

@@ -27,6 +27,7 @@ class Info:
     gpus: list[str] = field(default_factory=list)
     providers: dict[str, list[str]] = field(default_factory=dict)
     missing: str | None = None
+    cuda: dict[str, str] = field(default_factory=dict)  # the CUDA library and its emulator -> what they hold
 
     def __str__(self) -> str:
         lines = [f"fastops {self.version}, torch {self.torch}, {self.threads} threads, {self.machine}"]
@@ -35,6 +36,7 @@ class Info:
         lines += [f"  build {k}: {v}" for k, v in self.build.items()]
         lines += [f"  isa {name:<12}{state}" for name, state in self.isas.items()]
         lines.append("  gpus: " + (", ".join(self.gpus) or "none"))
+        lines += [f"  {name}: {state}" for name, state in self.cuda.items()]
         lines += [f"  {op}: {', '.join(rows)}" for op, rows in self.providers.items()]
         return "\n".join(lines)
 
@@ -60,7 +62,7 @@ def isas() -> list[str]:
 
 def info() -> Info:
     """Describes the installation and the machine."""
-    from fastops import __version__
+    from fastops import __version__, _cuda
     from fastops.dispatch.select import operators
 
     c = _ops.control
@@ -83,6 +85,10 @@ def info() -> Info:
         gpus=gpus,
         providers={name: [r.name for r in op.rows] for name, op in operators.items()},
         missing=_ops.missing,
+        cuda={
+            "cuda": _cuda.library(False).missing or f"code for sm_{_cuda.library(False).archs().replace(' ', ', sm_')}",
+            "cuda-emulated": _cuda.library(True).missing or "ready",
+        },
     )
 
 

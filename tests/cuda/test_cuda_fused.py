@@ -160,3 +160,37 @@ def test_guard_pages(end):
         LIB.norm(x, r, w, w, layer=True, out=guarded(torch.empty_like(x), end), total=guarded(torch.empty_like(x), end))
         LIB.norm(x, None, w, None, quant=1, out=guarded(torch.empty(3, n, dtype=torch.int8), end))
         LIB.gated(x, r, 0, out=guarded(torch.empty_like(x), end))
+
+
+def test_every_emulated_row_runs():
+    """No operator offers a row that cannot be called."""
+    x, r, w = torch.randn(2, 3, 4, 64), torch.randn(2, 3, 4, 64), torch.randn(64)
+    half, cos = [t.half() for t in (x, r)], torch.randn(3, 32)
+    cu, pages, lens = (torch.tensor(t, dtype=torch.int32) for t in ([0, 2, 6], [[1], [0]], [2, 1]))
+    calls = {
+        "rms_norm": (x, w), "layer_norm": (x, w), "fused_add_rms_norm": (x.clone(), r.clone(), w), "add_rms_norm": (x, r, w),
+        "silu_and_mul": (x,), "gelu_and_mul": (x,), "swiglu": (x, r), "geglu": (x, r), "apply_rope": (x, r, cos, cos),
+        "qk_norm_rope": (x, r, w, w, cos, cos), "merge_states": ([x, r], [torch.randn(2, 4, 3)] * 2),
+        "attention": (*half, half[1]), "attention_varlen": (half[0].flatten(0, 1),) * 3 + (cu, cu),
+        "attention_paged": (half[0][:, 0], half[0].transpose(0, 1)[:2], half[1].transpose(0, 1)[:2], pages, lens),
+        "int4_linear": (half[0], fastops.int4.quantize(torch.randn(16, 64), group_size=32)),
+    }  # fmt: skip
+    offered = {n for n, op in fastops.dispatch.operators.items() if op.row("cuda-emulated")}
+    assert offered == set(calls)
+    for name, args in calls.items():
+        with torch.no_grad(), fastops.override(**{name: "cuda-emulated"}):
+            got = getattr(fastops, name)(*args)
+        with torch.no_grad(), fastops.override(**{name: "reference"}):
+            copies = [t.clone() if isinstance(t, torch.Tensor) else t for t in args]
+            if name == "fused_add_rms_norm":
+                copies = [x.clone(), r.clone(), w]
+            want = getattr(fastops, name)(*copies)
+        for g, e in zip(*(t if isinstance(t, tuple) else (t,) for t in (got, want)), strict=True):
+            torch.testing.assert_close(g.float(), e.float(), rtol=5e-3, atol=5e-3)
+    strided = torch.randn(5, 2, 128)[..., ::2]
+    more = torch.randn(5, 2, 64)
+    want = reference_norm(strided.double(), more.double(), w.double(), None, 1e-6)
+    with torch.no_grad(), fastops.override(fused_add_rms_norm="cuda-emulated"):
+        fastops.fused_add_rms_norm(strided, more, w)
+    torch.testing.assert_close(strided, want[0].float())
+    torch.testing.assert_close(more, want[1].float())
