@@ -16,6 +16,7 @@ from fastops.ops import _common as common
 
 QUANT = {None: 0, "int8": 1, "fp8": 2}
 ACTIVATIONS = {"tanh": 1, "none": 2}
+MOST_STATES = 32  # kMaxStates of csrc/cuda/merge_states: more are joined by plain torch
 
 
 # ---- torch.ops.fastops.* by a library -------------------------------------------------------------------------------
@@ -70,13 +71,21 @@ def _qk_norm_rope(
     return lib.rope(q, k, cos, sin, q_weight=q_weight, k_weight=k_weight, **options)
 
 
+def _merge_states(lib: Library, outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
+    if len(outs) > MOST_STATES:
+        from fastops.ops.merge_states import reference
+
+        return reference(outs, lses)
+    return lib.merge_states(outs, lses)
+
+
 _WITH_OUT: dict[str, Callable[..., Tensor]] = {
     "rms_norm": _rms_norm, "layer_norm": _layer_norm, "silu_and_mul": _halves(0), "gelu_and_mul": _halves(None),
     "swiglu": _two(0), "geglu": _two(None),
 }  # fmt: skip
 _OTHERS: dict[str, Callable[..., Any]] = {
     "norm": Library.norm, "fused_add_rms_norm": _fused_add, "gated_backward": Library.gated_backward,
-    "and_mul_backward": _and_mul_backward, "merge_states": Library.merge_states, "apply_rope": Library.rope,
+    "and_mul_backward": _and_mul_backward, "merge_states": _merge_states, "apply_rope": Library.rope,
     "qk_norm_rope": _qk_norm_rope,
 }  # fmt: skip
 
