@@ -11,7 +11,7 @@ import ctypes
 import math
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastops import _ops
-from fastops.dispatch.record import Call
+from fastops.dispatch.record import Call, Implementation
 from fastops.errors import FallbackWarning, NotSupportedError
 from fastops.ops import _common as common
 
@@ -149,9 +149,10 @@ class Library:
         """Runs fastops_cuda_<name>. What it refuses is raised, with its sentence."""
         message = ctypes.create_string_buffer(_MESSAGE)
         env = _Env(struct_size=ctypes.sizeof(_Env), message=ctypes.cast(message, ctypes.c_char_p))
-        env.seed = int(os.environ.get("FASTOPS_EMULATOR_SEED", "0"))
         scratch = None  # kept until the launch: the stream's allocator reuses it only behind the kernel
-        if not self.emulated:
+        if self.emulated:
+            env.seed = int(os.environ.get("FASTOPS_EMULATOR_SEED", "0"))
+        else:
             env.stream = torch.cuda.current_stream(like.device).cuda_stream
         if workspace:
             need = ctypes.c_size_t()
@@ -373,15 +374,13 @@ def emulated(layout: str) -> Callable[..., Any]:
     """The `run` of a row that takes CPU tensors through the emulator."""
 
     def run(
-        *args: Tensor, window: tuple[int, int] = (-1, -1), return_lse: bool = False, out: Tensor | None = None,
-        sinks: Tensor | None = None, alibi_slopes: Tensor | None = None, quant: Any = None, **options: Any,
+        *args: Tensor, window: tuple[int, int] = (-1, -1), return_lse: bool = False, sinks: Tensor | None = None,
+        alibi_slopes: Tensor | None = None, quant: Any = None, **options: Any,
     ) -> Any:  # fmt: skip
-        if common.any_grad(*args, sinks, alibi_slopes):
-            raise NotSupportedError(f"{layout}: the emulated kernels give no gradients; use torch.no_grad()")
         if quant is not None:
             raise NotSupportedError(f"{layout}: {_ELSE} quantised keys or values")
         value, lse = run_attention(
-            library(True), layout, *args, window_left=window[0], window_right=window[1], return_lse=return_lse, out=out,
+            library(True), layout, *args, window_left=window[0], window_right=window[1], return_lse=return_lse,
             sinks=common.to_f32(sinks), alibi_slopes=common.to_f32(alibi_slopes), **options,
         )  # fmt: skip
         return (value, lse) if return_lse else value
@@ -389,33 +388,60 @@ def emulated(layout: str) -> Callable[..., Any]:
     return run
 
 
-def or_elsewhere(run: Callable[..., Any], elsewhere: Callable[..., Any]) -> Callable[..., Any]:
-    """`run` on the device of its first tensor; what the kernels refuse goes to `elsewhere` (plain torch), said once."""
-
-    def op(*args: Tensor, **options: Any) -> Any:
-        try:
-            with torch.cuda.device(args[0].device):
-                return run(library(False), *args, **options)
-        except NotSupportedError as error:
-            _warn_once(str(error))
-            return elsewhere(*args, **options)
-
-    return op
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    """Those among an operator's arguments, which may be lists of them."""
+    return [t for v in values for t in (v if isinstance(v, (list, tuple)) else (v,)) if isinstance(t, Tensor)]
 
 
-def implement(layout: str, elsewhere: Callable[..., Any], elsewhere_out: Callable[..., Any]) -> None:
-    """The torch ops of a layout on CUDA tensors."""
+def rows(
+    op: str,
+    cpp: Callable[..., Any],
+    emulated_run: Callable[..., Any],
+    reasons: Callable[[bool], Callable[[Call], str | None]] = why_not,
+) -> list[Implementation]:
+    """An operator's rows: `cpp` calls torch.ops.fastops, which runs our kernels on CUDA tensors as well."""
+    source = "docs/design/007-cuda.md"
+
+    def run(*args: Any, **options: Any) -> Any:
+        if common.any_grad(*_tensors((*args, *options.values()))):
+            raise NotSupportedError(f"{op}: the emulated kernels give no gradients; use torch.no_grad()")
+        return emulated_run(*args, **options)
+
+    return [
+        Implementation("cuda", cpp, reasons(False), 10, source=source),
+        Implementation("cuda-emulated", run, reasons(True), -10, source=source),
+    ]
+
+
+def implement(name: str, run: Callable[..., Any]) -> None:
+    """The torch op `name` on CUDA tensors: run(library, ...). What the kernels refuse goes to plain torch, said once.
+    An operator that writes into `out` returns nothing."""
     if library(False).missing:
         return
+
+    def op(*args: Any, **options: Any) -> Any:
+        try:
+            with torch.cuda.device(_tensors(args)[0].device):
+                result = run(library(False), *args, **options)
+        except NotSupportedError as error:
+            _warn_once(str(error))
+            result = _ops.plain[name](*args, **options)
+        return None if name.endswith("_out") else result
+
+    _ops.library.impl(name, op, "CUDA")
+
+
+def implement_attention(layout: str) -> None:
+    """The torch ops of a layout on CUDA tensors."""
 
     def run(lib: Library, *args: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
         return run_attention(lib, layout, *args, **options)
 
-    def run_out(lib: Library, *args: Tensor, lse: Tensor | None = None, **options: Any) -> None:
-        run_attention(lib, layout, *args, lse=lse, return_lse=lse is not None, **options)
+    def run_out(lib: Library, *args: Tensor, lse: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:
+        return run_attention(lib, layout, *args, lse=lse, return_lse=lse is not None, **options)
 
-    _ops.library.impl(layout, or_elsewhere(run, elsewhere), "CUDA")
-    _ops.library.impl(f"{layout}_out", or_elsewhere(run_out, elsewhere_out), "CUDA")
+    implement(layout, run)
+    implement(f"{layout}_out", run_out)
 
 
 @cache

@@ -8,15 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastops import _cuda, _ops
+from fastops import _cuda
 from fastops._cuda import Library, library
 from fastops.dispatch.record import Implementation
-from fastops.errors import NotSupportedError
 from fastops.ops import _common as common
 
 QUANT = {None: 0, "int8": 1, "fp8": 2}
 ACTIVATIONS = {"tanh": 1, "none": 2}
-MOST_STATES = 32  # kMaxStates of csrc/cuda/merge_states: more are joined by plain torch
 
 
 # ---- torch.ops.fastops.* by a library -------------------------------------------------------------------------------
@@ -71,43 +69,21 @@ def _qk_norm_rope(
     return lib.rope(q, k, cos, sin, q_weight=q_weight, k_weight=k_weight, **options)
 
 
-def _merge_states(lib: Library, outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
-    if len(outs) > MOST_STATES:
-        from fastops.ops.merge_states import reference
-
-        return reference(outs, lses)
-    return lib.merge_states(outs, lses)
-
-
 _WITH_OUT: dict[str, Callable[..., Tensor]] = {
     "rms_norm": _rms_norm, "layer_norm": _layer_norm, "silu_and_mul": _halves(0), "gelu_and_mul": _halves(None),
     "swiglu": _two(0), "geglu": _two(None),
 }  # fmt: skip
 _OTHERS: dict[str, Callable[..., Any]] = {
     "norm": Library.norm, "fused_add_rms_norm": _fused_add, "gated_backward": Library.gated_backward,
-    "and_mul_backward": _and_mul_backward, "merge_states": _merge_states, "apply_rope": Library.rope,
+    "and_mul_backward": _and_mul_backward, "merge_states": Library.merge_states, "apply_rope": Library.rope,
     "qk_norm_rope": _qk_norm_rope,
 }  # fmt: skip
 
 
-def _implement(name: str, function: Callable[..., Any], returns: bool = True) -> None:
-    def op(*args: Any, **options: Any) -> Any:
-        first = args[0][0] if isinstance(args[0], (list, tuple)) else args[0]
-        with torch.cuda.device(first.device):
-            result = function(library(False), *args, **options)
-        return result if returns else None
-
-    _ops.library.impl(name, op, "CUDA")
-
-
-if library(False).missing is None:
-    for _name, _function in _WITH_OUT.items():
-        _implement(_name, _function)
-        _implement(f"{_name}_out", _function, returns=False)
-    for _name, _function in _OTHERS.items():
-        _implement(_name, _function)
-    _implement("apply_rope_out", Library.rope, returns=False)
-    _implement("qk_norm_rope_out", _qk_norm_rope, returns=False)
+for _name, _function in (_WITH_OUT | _OTHERS).items():
+    _cuda.implement(_name, _function)
+for _name in (*_WITH_OUT, "apply_rope", "qk_norm_rope"):
+    _cuda.implement(f"{_name}_out", (_WITH_OUT | _OTHERS)[_name])
 
 
 # ---- rows of the dispatch table --------------------------------------------------------------------------------------
@@ -203,16 +179,4 @@ def _emulated(op: str) -> Callable[..., Any]:
 
 
 def rows(op: str, cpp: Callable[..., Any]) -> list[Implementation]:
-    """An operator's rows: `cpp` calls torch.ops.fastops, which runs our kernels on CUDA tensors as well."""
-    source, emulated = "docs/design/007-cuda.md", _emulated(op)
-
-    def run(*args: Any, **options: Any) -> Any:
-        tensors = [t for a in args for t in (a if isinstance(a, list) else [a]) if isinstance(t, Tensor)]
-        if common.any_grad(*tensors):
-            raise NotSupportedError(f"{op}: the emulated kernels give no gradients; use torch.no_grad()")
-        return emulated(*args, **options)
-
-    return [
-        Implementation("cuda", cpp, _cuda.why_not(False), 10, source=source),
-        Implementation("cuda-emulated", run, _cuda.why_not(True), -10, source=source),
-    ]
+    return _cuda.rows(op, cpp, _emulated(op))

@@ -125,6 +125,10 @@ else:
 ops = torch.ops.fastops
 
 
+plain: dict[str, Any] = {}  # operator -> its plain-torch kernel
+
+
 def implement_elsewhere(name: str, function: Any) -> None:
     """Gives operator `name` a plain-torch kernel for every device without one of its own."""
+    plain[name] = function
     library.impl(name, function, "CompositeExplicitAutograd")

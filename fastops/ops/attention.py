@@ -170,14 +170,7 @@ operator = Operator(
     "attention",
     [
         _CPP,
-        Implementation("cuda", run_cpp, _cuda.why_not_attention(False), 10, source="docs/design/007-cuda.md"),
-        Implementation(
-            "cuda-emulated",
-            _cuda.emulated("attention"),
-            _cuda.why_not_attention(True),
-            -10,
-            source="docs/design/007-cuda.md",
-        ),
+        *_cuda.rows("attention", run_cpp, _cuda.emulated("attention"), _cuda.why_not_attention),
         Implementation("reference", reference, common.always, 0, source="fastops/ops/_common.py"),
     ],
     validate,
@@ -286,7 +279,7 @@ def _elsewhere_out(*args: Any, out: Tensor, lse: Tensor | None = None, **options
 
 _ops.implement_elsewhere("attention", _elsewhere)
 _ops.implement_elsewhere("attention_out", _elsewhere_out)
-_cuda.implement("attention", _elsewhere, _elsewhere_out)
+_cuda.implement_attention("attention")
 
 
 @torch.library.register_fake("fastops::attention_backward")

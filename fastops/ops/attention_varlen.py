@@ -159,14 +159,7 @@ operator = Operator(
     "attention_varlen",
     [
         Implementation("cpp", run_cpp, common.cpp_why_not, 10, source="docs/design/003-cpu-attention.md"),
-        Implementation("cuda", run_cpp, _cuda.why_not_attention(False), 10, source="docs/design/007-cuda.md"),
-        Implementation(
-            "cuda-emulated",
-            _cuda.emulated("attention_varlen"),
-            _cuda.why_not_attention(True),
-            -10,
-            source="docs/design/007-cuda.md",
-        ),
+        *_cuda.rows("attention_varlen", run_cpp, _cuda.emulated("attention_varlen"), _cuda.why_not_attention),
         Implementation("reference", reference, common.always, 0, source="fastops/ops/attention_varlen.py"),
     ],
     validate,
@@ -249,7 +242,7 @@ def _elsewhere_out(*args: Any, out: Tensor, lse: Tensor | None = None, **options
 
 _ops.implement_elsewhere("attention_varlen", _elsewhere)
 _ops.implement_elsewhere("attention_varlen_out", _elsewhere_out)
-_cuda.implement("attention_varlen", _elsewhere, _elsewhere_out)
+_cuda.implement_attention("attention_varlen")
 
 
 @torch.library.register_fake("fastops::attention_varlen_backward")

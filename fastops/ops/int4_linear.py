@@ -15,7 +15,6 @@ from torch import Tensor
 from fastops import _cuda, _ops
 from fastops.dispatch.record import Call, Implementation
 from fastops.dispatch.select import Operator
-from fastops.errors import NotSupportedError
 from fastops.int4 import BLOCK, Int4Weight, unpack_codes
 from fastops.ops import _common as common
 
@@ -122,8 +121,6 @@ def run_emulated(
     x: Tensor, weight: Int4Weight, bias: Tensor | None = None, *, activations: str = "float", out: Tensor | None = None
 ) -> Tensor:
     """The CUDA kernel, every thread run on the CPU."""
-    if common.any_grad(x, bias):
-        raise NotSupportedError(f"{NAME}: the emulated kernels give no gradients; use torch.no_grad()")
     n, k = weight.shape
     packed, rows = weight.packed(), common.dense_rows(x.reshape(-1, k))
     result = _cuda.library(True).int4_linear(
@@ -137,8 +134,7 @@ operator = Operator(
     NAME,
     [
         Implementation("cpp", run_cpp, common.cpp_why_not, 10, source="docs/design/004-int4-linear.md"),
-        Implementation("cuda", run_cpp, _cuda.why_not(False), 10, source="docs/design/007-cuda.md"),
-        Implementation("cuda-emulated", run_emulated, _cuda.why_not(True), -10, source="docs/design/007-cuda.md"),
+        *_cuda.rows(NAME, run_cpp, run_emulated),
         Implementation("reference", reference, common.always, 0, source="fastops/ops/int4_linear.py"),
     ],
     validate,
@@ -230,16 +226,13 @@ def _pack_elsewhere(codes: Tensor) -> Tensor:
 _ops.implement_elsewhere("int4_pack", _pack_elsewhere)
 _ops.implement_elsewhere("int4_linear", _elsewhere)
 _ops.implement_elsewhere("int4_linear_out", _elsewhere_out)
-if not _cuda.library(False).missing:
-    _ops.library.impl("int4_linear", _cuda.or_elsewhere(_cuda.Library.int4_linear, _elsewhere), "CUDA")
-    _ops.library.impl(
-        "int4_linear_out",
-        _cuda.or_elsewhere(
-            lambda lib, x, codes, scales, *rest, out, **options: (
-                lib.int4_linear(x, codes, scales, out.shape[1], *rest, out=out, **options),
-                None,
-            )[1],
-            _elsewhere_out,
-        ),
-        "CUDA",
-    )
+
+
+def _cuda_out(
+    lib: _cuda.Library, x: Tensor, codes: Tensor, scales: Tensor, *rest: Any, out: Tensor, **options: Any
+) -> Tensor:
+    return lib.int4_linear(x, codes, scales, out.shape[1], *rest, out=out, **options)
+
+
+_cuda.implement("int4_linear", _cuda.Library.int4_linear)
+_cuda.implement("int4_linear_out", _cuda_out)
