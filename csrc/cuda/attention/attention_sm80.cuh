@@ -12,6 +12,7 @@
 #include "core/attention_params.h"
 #include "cuda/arch/arch.h"
 #include "cuda/attention/attention_config.h"
+#include "cuda/layout/numbers.h"
 #include "cuda/layout/tile.h"
 
 namespace fastops::cuda {
@@ -22,9 +23,6 @@ struct AttentionArgs {
   float *partial_out, *partial_lse;  // [B][splits][Hkv][rows][Dv] and [B][splits][Hkv][rows]
   int64_t rows;                      // of a sequence and KV head, at most
 };
-
-constexpr float kLog2e = 1.44269504088896341f;
-constexpr float kLn2 = 0.693147180559945309f;
 
 // A sequence, and whether its indices stay inside the tensors (they are known only here).
 struct DeviceSequence {
@@ -367,31 +365,17 @@ attention_merge(const AttentionArgs a) {
   const int lane = lane_index();
   const int64_t qi = row / p.G, head = hkv * p.G + row % p.G;
   const auto slot = [&](int64_t i) { return ((b * a.splits + i) * p.Hkv + hkv) * a.rows + row; };
-  float top = p.sinks ? p.sinks[head * p.sinks_stride] : -infinity(), denominator = 0.0f;
-  for (int64_t i = 0; i < a.splits; ++i) {
-    const float lse = a.partial_lse[slot(i)];
-    top = lse != lse ? lse : maximum(top, lse);
-  }
-  if (top != -infinity()) {
-    if (p.sinks) denominator = ex2((p.sinks[head * p.sinks_stride] - top) * kLog2e);
-    for (int64_t i = 0; i < a.splits; ++i) denominator += ex2((a.partial_lse[slot(i)] - top) * kLog2e);
-  }
+  const auto lse_of = [&](int64_t i) { return a.partial_lse[slot(i)]; };
+  const Merge merge(a.splits, lse_of, p.sinks ? p.sinks[head * p.sinks_stride] : -infinity());
   const int64_t at = b * p.o_sb + (found.s.q0 + qi) * p.o_ss + head * p.o_sh;
   for (int d = lane; d < p.Dv; d += 32) {
-    float sum = 0.0f;
-    for (int64_t i = 0; i < a.splits && top != -infinity(); ++i) {
-      const float weight = ex2((a.partial_lse[slot(i)] - top) * kLog2e);
-      if (weight != 0.0f) sum += weight * a.partial_out[slot(i) * p.Dv + d];
-    }
-    if (denominator != 0.0f) sum /= denominator;
+    const float y = merge.value([&](int64_t i) { return a.partial_out[slot(i) * p.Dv + d]; });
     if (p.out_dtype == 1)
-      reinterpret_cast<float*>(p.out)[at + d] = sum;
+      reinterpret_cast<float*>(p.out)[at + d] = y;
     else
-      narrow(sum, reinterpret_cast<T*>(p.out) + at + d);
+      narrow(y, reinterpret_cast<T*>(p.out) + at + d);
   }
-  if (p.lse && lane == 0)
-    p.lse[b * p.lse_sb + head * p.lse_sh + (found.s.q0 + qi) * p.lse_ss] =
-        top == -infinity() ? top : top + log_natural(denominator);
+  if (p.lse && lane == 0) p.lse[b * p.lse_sb + head * p.lse_sh + (found.s.q0 + qi) * p.lse_ss] = merge.lse();
 }
 
 // Rows of a ragged q behind the last sequence belong to no one: 0 and -inf.

@@ -17,7 +17,6 @@ struct GatedArgs {
 
 // The activation and its derivative.
 FASTOPS_DEVICE void activate(int32_t kind, float x, float* y, float* slope) {
-  constexpr float kLog2e = 1.44269504088896341f;
   if (kind == FASTOPS_SILU) {
     const float s = 1.0f / (1.0f + ex2(-x * kLog2e));
     *y = x * s;

@@ -16,6 +16,7 @@
 #pragma once
 #include "cuda/arch/arch.h"
 #include "cuda/int4_linear/int4_config.h"
+#include "cuda/layout/numbers.h"
 
 namespace fastops::cuda {
 
@@ -42,11 +43,6 @@ template <>
 struct Magic<bf16> {
   static constexpr uint32_t kBits = 0x43004300u, kOne = 0x3f803f80u, kMinus = 0xc308c308u;  // 128, 1, -136
 };
-
-FASTOPS_DEVICE float scale_at(const void* p, int32_t dtype, int64_t i) {
-  if (dtype == 1) return static_cast<const float*>(p)[i];
-  return dtype == 2 ? widen(static_cast<const f16*>(p)[i]) : widen(static_cast<const bf16*>(p)[i]);
-}
 
 template <class T, int kTiles, bool kShift>
 FASTOPS_KERNEL(kInt4Threads, kTiles == 4 ? 2 : 4)
@@ -117,11 +113,11 @@ int4_gemm(const Int4Args a) {
       for (int i = 0; i < 2; ++i) {
         if (n * 8 + i >= left) continue;
         const int64_t at = base + n / 2 * step + n % 2 * 8 + i;
-        const float scale = scale_at(a.scales, a.scale_dtype, at);
+        const float scale = number_at(a.scales, a.scale_dtype, at);
         float shift = 0.0f;
         if (kShift)
-          shift = a.zeros ? (8.0f - scale_at(a.zeros, a.scale_dtype, at)) * scale
-                          : 8.0f * scale - scale_at(a.mins, a.scale_dtype, at);
+          shift = a.zeros ? (8.0f - number_at(a.zeros, a.scale_dtype, at)) * scale
+                          : 8.0f * scale - number_at(a.mins, a.scale_dtype, at);
         FASTOPS_UNROLL
         for (int m = 0; m < kTiles; ++m) {
           FASTOPS_UNROLL

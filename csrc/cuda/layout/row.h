@@ -1,6 +1,6 @@
 // Sixteen bytes, or one element, of a row at a time: what the fused operators read and write.
 #pragma once
-#include "cuda/arch/arch.h"
+#include "cuda/layout/numbers.h"
 
 namespace fastops::cuda {
 
@@ -65,7 +65,7 @@ FASTOPS_DEVICE float block_sum(float x, float* room) {
   return block_reduce(x, room, [](float a, float b) { return a + b; });
 }
 FASTOPS_DEVICE float block_max(float x, float* room) {
-  return block_reduce(x, room, [](float a, float b) { return a != a ? a : b != b ? b : maximum(a, b); });
+  return block_reduce(x, room, [](float a, float b) { return maximum_or_nan(a, b); });
 }
 
 }  // namespace fastops::cuda

@@ -1,7 +1,7 @@
 // merge_states on a GPU: a warp for each row joins up to 32 attention states (the formula stands in fastops.h).
 #include "core/op_checks.h"
-#include "cuda/arch/arch.h"
 #include "cuda/launch.h"
+#include "cuda/layout/numbers.h"
 
 namespace fastops::cuda {
 namespace {
@@ -25,33 +25,20 @@ struct MergeArgs {
 template <class T>
 FASTOPS_KERNEL(kThreads, 8)
 merge_rows(const MergeArgs a) {
-  constexpr float kLog2e = 1.44269504088896341f;
   const int64_t row = block_x() * (kThreads / 32) + warp_index();
   if (row >= a.B * a.S * a.H) return;
   const int64_t h = row % a.H, s = row / a.H % a.S, b = row / a.H / a.S;
-  const auto lse_of = [&](const MergeState& x) { return x.lse[b * x.lb + h * x.lh + s * x.ls]; };
-  float top = -infinity();
-  for (int i = 0; i < a.count; ++i) {
-    const float lse = lse_of(a.in[i]);
-    top = lse != lse ? lse : top != top ? top : maximum(top, lse);
-  }
-  float total = 0.0f;
-  if (top != -infinity())
-    for (int i = 0; i < a.count; ++i) total += ex2((lse_of(a.in[i]) - top) * kLog2e);
+  const auto lse_of = [&](int64_t i) { return a.in[i].lse[b * a.in[i].lb + h * a.in[i].lh + s * a.in[i].ls]; };
+  const Merge merge(a.count, lse_of);
   T* to = reinterpret_cast<T*>(const_cast<char*>(a.to.out)) + b * a.to.ob + s * a.to.os + h * a.to.oh;
   for (int d = lane_index(); d < a.Dv; d += 32) {
-    float sum = 0.0f;
-    for (int i = 0; i < a.count && top != -infinity(); ++i) {
+    const float y = merge.value([&](int64_t i) {
       const MergeState& x = a.in[i];
-      const float weight = ex2((lse_of(x) - top) * kLog2e);
-      if (weight != 0.0f)  // a state that saw nothing counts for nothing, whatever its values
-        sum += weight * widen(reinterpret_cast<const T*>(x.out)[b * x.ob + s * x.os + h * x.oh + d]);
-    }
-    narrow(total == 0.0f ? 0.0f : sum / total, to + d);
+      return widen(reinterpret_cast<const T*>(x.out)[b * x.ob + s * x.os + h * x.oh + d]);
+    });
+    narrow(y, to + d);
   }
-  if (lane_index() == 0)
-    const_cast<float*>(a.to.lse)[b * a.to.lb + h * a.to.lh + s * a.to.ls] =
-        top == -infinity() ? top : top + log_natural(total);
+  if (lane_index() == 0) const_cast<float*>(a.to.lse)[b * a.to.lb + h * a.to.lh + s * a.to.ls] = merge.lse();
 }
 
 }  // namespace fastops::cuda

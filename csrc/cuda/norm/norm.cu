@@ -98,7 +98,7 @@ norm_rows(const NormArgs a) {
       float y[kElements];
       finish(piece, v, y);
       FASTOPS_UNROLL
-      for (int i = 0; i < kElements; ++i) top = y[i] != y[i] ? y[i] : top != top ? top : maximum(top, absolute(y[i]));
+      for (int i = 0; i < kElements; ++i) top = maximum_or_nan(top, absolute(y[i]));
     });
     top = block_max(top, room);
     const float scale = top == 0.0f ? 1.0f : top / (a.out_dtype == FASTOPS_I8 ? 127.0f : 448.0f);

@@ -60,12 +60,6 @@ FASTOPS_DEVICE RopeHead rope_head(const RopeArgs& a, int64_t token, int head) {
   return h;
 }
 
-FASTOPS_DEVICE float angle_at(const Rows& rows, int32_t dtype, int64_t row, int i) {
-  const char* at = rows.at(row);
-  if (dtype == 1) return reinterpret_cast<const float*>(at)[i];
-  return dtype == 2 ? widen(reinterpret_cast<const f16*>(at)[i]) : widen(reinterpret_cast<const bf16*>(at)[i]);
-}
-
 }  // namespace
 
 // a.lanes threads for each head, a power of two up to 32; each turns kElements pairs that lie together (halves), or
@@ -120,8 +114,8 @@ rope_pieces(const RopeArgs a) {
   for (int e = 0; e < kElements; ++e) {
     if (a.interleaved && e % 2 == 1) continue;
     const int pair = a.interleaved ? (piece * kElements + e) / 2 : piece * kElements + e;
-    const float c = h.angle < 0 ? not_a_number() : angle_at(a.cos, a.angle_dtype, h.angle, pair);
-    const float s = h.angle < 0 ? not_a_number() : sign * angle_at(a.sin, a.angle_dtype, h.angle, pair);
+    const float c = h.angle < 0 ? not_a_number() : number_at(a.cos.at(h.angle), a.angle_dtype, pair);
+    const float s = h.angle < 0 ? not_a_number() : sign * number_at(a.sin.at(h.angle), a.angle_dtype, pair);
     float& u = x[0][e];
     float& v = a.interleaved ? x[0][(e + 1) % kElements] : x[1][e];
     const float left = u * c - v * s, right = v * c + u * s;
@@ -170,8 +164,8 @@ rope_elements(const RopeArgs a) {
   const float sign = a.inverse ? -1.0f : 1.0f;
   for (int pair = lane; pair < a.half; pair += 32) {
     const int i = a.interleaved ? 2 * pair : pair, j = a.interleaved ? 2 * pair + 1 : pair + a.half;
-    const float c = h.angle < 0 ? not_a_number() : angle_at(a.cos, a.angle_dtype, h.angle, pair);
-    const float s = h.angle < 0 ? not_a_number() : sign * angle_at(a.sin, a.angle_dtype, h.angle, pair);
+    const float c = h.angle < 0 ? not_a_number() : number_at(a.cos.at(h.angle), a.angle_dtype, pair);
+    const float s = h.angle < 0 ? not_a_number() : sign * number_at(a.sin.at(h.angle), a.angle_dtype, pair);
     const float u = get(i), v = get(j);
     put(i, u * c - v * s);
     put(j, v * c + u * s);
