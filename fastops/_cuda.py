@@ -98,7 +98,7 @@ class _Int4Linear(ctypes.Structure):
     _fields_ = (
         ("struct_size", ctypes.c_uint32), ("int8", ctypes.c_int32),
         *((n, _Tensor) for n in ("x", "out", "codes", "scales", "zeros", "mins", "perm", "bias")),
-        ("eight", ctypes.c_int32),
+        ("eight", ctypes.c_int32), ("column_scales", _Tensor), ("column_zeros", _Tensor),
     )  # fmt: skip
 
 
@@ -263,6 +263,8 @@ class Library:
         mins: Tensor | None = None,
         perm: Tensor | None = None,
         bias: Tensor | None = None,
+        column_scales: Tensor | None = None,
+        column_zeros: Tensor | None = None,
         *,
         int8: bool = False,
         eight: bool = False,
@@ -273,7 +275,8 @@ class Library:
             x = x.index_select(1, perm.long())
         out = x.new_empty((x.shape[0], n)) if out is None else out
         desc = _Int4Linear(struct_size=ctypes.sizeof(_Int4Linear), int8=int(int8), eight=int(eight))
-        _fill(desc, x=x, out=out, codes=codes, scales=scales, zeros=zeros, mins=mins, bias=bias)
+        _fill(desc, x=x, out=out, codes=codes, scales=scales, zeros=zeros, mins=mins, bias=bias,
+              column_scales=column_scales, column_zeros=column_zeros)  # fmt: skip
         self.call("int4_linear", desc, x, workspace=True)
         return out
 

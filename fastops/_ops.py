@@ -42,7 +42,8 @@ _PAIR = ", bool return_lse=False) -> (Tensor, Tensor)"
 _GRADIENTS = "Tensor dout, Tensor? dlse, Tensor out, Tensor lse, "
 _FOUR = ") -> (Tensor, Tensor, Tensor, Tensor)"
 _INT4 = (
-    "Tensor? zeros=None, Tensor? mins=None, Tensor? perm=None, Tensor? bias=None, *, bool int8=False, bool eight=False"
+    "Tensor? zeros=None, Tensor? mins=None, Tensor? perm=None, Tensor? bias=None, Tensor? column_scales=None, "
+    "Tensor? column_zeros=None, *, bool int8=False, bool eight=False"
 )
 _AFFINE = "float eps=1e-6, *, float weight_offset=0.0"
 _ROPE = (
@@ -74,6 +75,7 @@ SCHEMAS = {
         "bool is_causal=False, float? scale=None, bool enable_gqa=False) -> Tensor"
     ),
     "int4_pack": "Tensor codes) -> Tensor",
+    "int4_pack24": "Tensor codes, Tensor kept) -> Tensor",
     "int4_linear": f"Tensor x, Tensor codes, Tensor scales, int n, {_INT4}) -> Tensor",
     "int4_linear_out": f"Tensor x, Tensor codes, Tensor scales, {_INT4}, Tensor(a!) out) -> ()",
     "rms_norm": f"Tensor x, Tensor? weight=None, {_AFFINE}) -> Tensor",

@@ -24,7 +24,7 @@ def cases(shapes: list[Shape], dtypes: list[str]) -> list[Case]:
         layers, rows = [(4096, 4096), (14336, 4096)], [1, 16, 64, 256]
     else:
         layers, rows = [(4096, 4096)], [1, 64]
-    return [
+    plain = [
         _case(n, k, m, name, mode)
         for n, k in layers
         for m in rows
@@ -32,6 +32,40 @@ def cases(shapes: list[Shape], dtypes: list[str]) -> list[Case]:
         for mode in ("float", "int8")
         if mode == "float" or name == "fp32"
     ]
+    forms = [
+        _form(*layers[0], m, mode, form)
+        for m in rows[:2]
+        for mode in ("float", "int8")
+        for form in FORMS
+        if "fp32" in dtypes
+    ]
+    return plain + forms
+
+
+FORMS = {"2:4": {"sparsity": "2:4"}, "per input": {"dim": "input"}}
+
+
+def _form(n: int, k: int, m: int, mode: str, form: str) -> Case:
+    """A 2:4 sparse weight, or one with groups of outputs, beside a plain one of 4 bits and torch's dense product."""
+    bits = 3.0 if form == "2:4" else 4.0
+
+    def make() -> Any:
+        w = torch.randn(n, k) / k**0.5
+        group = GROUP if n % GROUP == 0 else n
+        weights = [fastops.int4.quantize(w, group, **options) for options in (FORMS[form], {})]
+        for each in weights:
+            each.packed()
+        return torch.randn(m, k), *weights, w
+
+    run = {
+        "fastops": lambda x: fastops.int4_linear(x[0], x[1], activations=mode),
+        "int4": lambda x: fastops.int4_linear(x[0], x[2], activations=mode),
+        "dense": lambda x: F.linear(x[0], x[3]),
+    }
+    stored = n * k * bits / 8 + n * k / GROUP * 4.0
+    kind, label = "memory" if m == 1 else "compute", f"{form} {mode} M{m} N{n} K{k} g{GROUP}"
+    bytes_ = stored + 4.0 * m * (n + k)
+    return Case("int4_linear", label, "fp32", kind, 2.0 * m * n * k, bytes_, make, run, frozenset({f"int4-{form}"}))
 
 
 def _case(n: int, k: int, m: int, name: str, mode: str) -> Case:

@@ -14,8 +14,9 @@
   "int v_bits=0"
 #define RETURNS ", bool return_lse=False) -> (Tensor, Tensor)"
 #define GRADIENTS ") -> (Tensor, Tensor, Tensor, Tensor)"
-#define INT4 \
-  "Tensor? zeros=None, Tensor? mins=None, Tensor? perm=None, Tensor? bias=None, *, bool int8=False, bool eight=False"
+#define INT4                                                                                                  \
+  "Tensor? zeros=None, Tensor? mins=None, Tensor? perm=None, Tensor? bias=None, Tensor? column_scales=None, " \
+  "Tensor? column_zeros=None, *, bool int8=False, bool eight=False"
 #define AFFINE "float eps=1e-6, *, float weight_offset=0.0"
 #define ROPE \
   "Tensor q, Tensor? k, Tensor cos, Tensor sin, *, Tensor? positions=None, bool interleaved=False, bool inverse=False"
@@ -43,6 +44,7 @@ STABLE_TORCH_LIBRARY(fastops, m) {
       "float dropout_p=0.0, bool is_causal=False, float? scale=None, bool enable_gqa=False) -> Tensor");
   // codes, scales, zeros and mins as int4_pack and docs/ops/int4_linear.md lay them out
   m.def("int4_pack(Tensor codes) -> Tensor");
+  m.def("int4_pack24(Tensor codes, Tensor kept) -> Tensor");
   m.def("int4_linear(Tensor x, Tensor codes, Tensor scales, int n, " INT4 ") -> Tensor");
   m.def("int4_linear_out(Tensor x, Tensor codes, Tensor scales, " INT4 ", Tensor(a!) out) -> ()");
   m.def("rms_norm(Tensor x, Tensor? weight=None, " AFFINE ") -> Tensor");

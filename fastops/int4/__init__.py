@@ -7,7 +7,7 @@ y = fastops.int4_linear(x, weight)
 from fastops.int4.importers import from_awq, from_compressed_tensors, from_gguf, from_gptq, from_hqq
 from fastops.int4.model import quantize_model
 from fastops.int4.quantize import METHODS, quantize
-from fastops.int4.weight import BLOCK, Int4Weight, pack_pairs, unpack_codes, unpack_pairs
+from fastops.int4.weight import BLOCK, Int4Weight, gather24, pack_pairs, spread24, unpack24, unpack_codes, unpack_pairs
 
 __all__ = [
     "BLOCK",
@@ -18,9 +18,12 @@ __all__ = [
     "from_gguf",
     "from_gptq",
     "from_hqq",
+    "gather24",
     "pack_pairs",
     "quantize",
     "quantize_model",
+    "spread24",
+    "unpack24",
     "unpack_codes",
     "unpack_pairs",
 ]

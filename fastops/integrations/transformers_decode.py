@@ -92,8 +92,8 @@ def _joined(weights: list[Int4Weight]) -> Int4Weight | None:
     first = weights[0]
     if len(weights) == 1:
         return first
-    form = {(w.scales.shape[1], w.scales.dtype, w.zeros is None, w.mins is None, w.planes is None) for w in weights}
-    if len(form) > 1 or any(w.perm is not None for w in weights):
+    form = {(w.scales.shape[1], w.scales.dtype, *w.state_dict()) for w in weights}
+    if len(form) > 1 or first.perm is not None or first.column_scales is not None:
         return None
 
     def rows(name: str) -> Tensor | None:
@@ -102,14 +102,13 @@ def _joined(weights: list[Int4Weight]) -> Int4Weight | None:
     codes, scales = rows("codes"), rows("scales")
     assert codes is not None
     assert scales is not None
-    return Int4Weight(codes, scales, zeros=rows("zeros"), mins=rows("mins"), planes=first.planes)
+    return Int4Weight(codes, scales, zeros=rows("zeros"), mins=rows("mins"), kept=rows("kept"), planes=first.planes)
 
 
 def _int4(weight: Int4Weight, bias: Tensor | None, int8: bool) -> Map:
     packed, n, run = weight.packed(), weight.shape[0], _ops.ops.int4_linear.default
-    codes, scales, perm = packed.codes, packed.scales, weight.perm
-    options = {"zeros": packed.zeros, "mins": packed.mins, "bias": bias, "int8": int8, "eight": packed.eight}
-    return lambda x: run(x, codes, scales, n, perm=perm, **options)
+    codes, scales, options = packed.codes, packed.scales, {**packed.rest, "bias": bias, "int8": int8}
+    return lambda x: run(x, codes, scales, n, **options)
 
 
 class Decoder:

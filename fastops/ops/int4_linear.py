@@ -2,11 +2,13 @@
 
     out[m, n] = sum_k x[m, perm[k]] w[n, k] + bias[n],   w[n, k] = (code - zero) scale   or   code scale - min
 
-with one scale (and zero or min) for each group of input features. Design: docs/design/004-int4-linear.md.
+with one scale (and zero or min) for each group of input features, or of outputs of one input feature; 2:4 sparse, too.
+Design: docs/design/004-int4-linear.md.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 from fastops import _cuda, _ops
 from fastops.dispatch.record import Call, Implementation
 from fastops.dispatch.select import Operator
-from fastops.int4 import BLOCK, Int4Weight, unpack_codes
+from fastops.int4 import BLOCK, Int4Weight, unpack24, unpack_codes
 from fastops.ops import _common as common
 
 NAME = "int4_linear"
@@ -67,16 +69,28 @@ def reference(
 ) -> Tensor:
     """Plain torch: the weight is dequantised to fp32 (fp64 for fp64 inputs)."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    rows, factor = x.to(wide), None
-    if activations == "int8":
+    rows = x.to(wide)
+    if activations == "int8" and weight.column_scales is not None:
+        result = torch.cat([each @ part.T * factor for each, factor, part in _int8_slices(rows, weight, wide)], -1)
+    elif activations == "int8":
         rows, factor = quantize_rows(rows)
-    result = rows @ weight.dequantize(wide).T
-    if factor is not None:
-        result = result * factor
+        result = (rows @ weight.dequantize(wide).T) * factor
+    else:
+        result = rows @ weight.dequantize(wide).T
     if bias is not None:
         result = result + bias.to(wide)
     result = result.to(x.dtype if out is None else out.dtype)
     return result if out is None else out.copy_(result)
+
+
+def _int8_slices(rows: Tensor, weight: Int4Weight, wide: torch.dtype) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(codes of the rows times the columns' scales, their factor, the rest of the weight), slice by slice."""
+    assert weight.column_scales is not None
+    columns, k = weight.column_scales.to(wide), weight.shape[1]
+    at = torch.arange(columns.shape[1], device=rows.device) % k if weight.perm is None else weight.perm.long()
+    rest = weight.columns(wide).chunk(columns.shape[0])
+    for scales, part in zip(columns, rest, strict=True):
+        yield *quantize_rows(rows[..., at] * scales), part
 
 
 def run_cpp(
@@ -90,12 +104,11 @@ def run_cpp(
     rows = x if x.dim() == 2 else x.reshape(-1, k)
     if rows.stride(-1) != 1 and rows.shape[0]:
         rows = rows.contiguous()
-    options = {"zeros": packed.zeros, "mins": packed.mins, "perm": weight.perm, "bias": common.to_f32(bias)}
-    int8 = activations == "int8"
+    bias, int8 = common.to_f32(bias), activations == "int8"
     if out is not None and out.dim() == 2 and (out.stride(1) == 1 or n == 1):
-        _ops.ops.int4_linear_out(rows, packed.codes, packed.scales, **options, int8=int8, eight=packed.eight, out=out)
+        _ops.ops.int4_linear_out(rows, packed.codes, packed.scales, bias=bias, int8=int8, **packed.rest, out=out)
         return out
-    result = _op(rows, packed.codes, packed.scales, n, **options, int8=int8, eight=packed.eight)
+    result = _op(rows, packed.codes, packed.scales, n, bias=bias, int8=int8, **packed.rest)
     result = result if x.dim() == 2 else result.view(*x.shape[:-1], n)
     return result if out is None else out.copy_(result)
 
@@ -123,10 +136,13 @@ def run_emulated(
     """The CUDA kernel, every thread run on the CPU."""
     n, k = weight.shape
     packed, rows = weight.packed(), common.dense_rows(x.reshape(-1, k))
-    result = _cuda.library(True).int4_linear(
-        rows, packed.codes, packed.scales, n, packed.zeros, packed.mins, weight.perm, common.to_f32(bias),
-        int8=activations == "int8", eight=packed.eight,
-    ).view(*x.shape[:-1], n)  # fmt: skip
+    result = (
+        _cuda.library(True)
+        .int4_linear(
+            rows, packed.codes, packed.scales, n, bias=common.to_f32(bias), int8=activations == "int8", **packed.rest
+        )
+        .view(*x.shape[:-1], n)
+    )
     return result if out is None else out.copy_(result)
 
 
@@ -183,6 +199,11 @@ def _fake_pack(codes: Tensor) -> Tensor:
     return codes.new_empty(((codes.shape[0] + BLOCK - 1) // BLOCK, codes.shape[1] // 4, BLOCK, 4))
 
 
+@torch.library.register_fake("fastops::int4_pack24")
+def _fake_pack24(codes: Tensor, kept: Tensor) -> Tensor:
+    return codes.new_empty(((codes.shape[0] + BLOCK - 1) // BLOCK, kept.shape[1], BLOCK, 3))
+
+
 @torch.library.register_fake("fastops::int4_linear")
 def _fake(x: Tensor, codes: Tensor, scales: Tensor, n: int, *rest: Any, **options: Any) -> Tensor:
     return x.new_empty((x.shape[0], n))
@@ -195,7 +216,8 @@ def _fake_out(*args: Any, **options: Any) -> None:
 
 def _elsewhere(
     x: Tensor, codes: Tensor, scales: Tensor, n: int, zeros: Tensor | None = None, mins: Tensor | None = None,
-    perm: Tensor | None = None, bias: Tensor | None = None, *, int8: bool = False, eight: bool = False,
+    perm: Tensor | None = None, bias: Tensor | None = None, column_scales: Tensor | None = None,
+    column_zeros: Tensor | None = None, *, int8: bool = False, eight: bool = False,
 ) -> Tensor:  # fmt: skip
     def rows(t: Tensor | None) -> Tensor | None:
         return None if t is None else t.transpose(1, 2).flatten(0, 1)[:n]
@@ -204,7 +226,11 @@ def _elsewhere(
     assert plain is not None
     count = codes.shape[1] * 8 // x.shape[1]
     planes = torch.arange(count, dtype=torch.int32, device=x.device) if count > 1 else None
-    weight = Int4Weight(unpack_codes(codes, n), plain, zeros=rows(zeros), mins=rows(mins), perm=perm, planes=planes)
+    canonical, kept = (unpack_codes(codes, n), None) if codes.shape[3] == 4 else unpack24(codes, n)
+    weight = Int4Weight(
+        canonical, plain, zeros=rows(zeros), mins=rows(mins), perm=perm, planes=planes, kept=kept,
+        column_scales=column_scales, column_zeros=column_zeros,
+    )  # fmt: skip
     return reference(x, weight, bias, activations="int8" if int8 else "float")
 
 
@@ -223,7 +249,17 @@ def _pack_elsewhere(codes: Tensor) -> Tensor:
     return (nibbles[..., :4] | nibbles[..., 4:] << 4).transpose(1, 2).contiguous()
 
 
+def _pack24_elsewhere(codes: Tensor, kept: Tensor) -> Tensor:
+    n, words = kept.shape
+    pad = -n % BLOCK
+    codes = torch.cat((codes ^ 0x88, codes.new_zeros((pad, 2 * words))))
+    kept = torch.cat((kept, kept.new_full((pad, words), 0x44)))
+    both = [t.view(-1, BLOCK, words, t.shape[1] // words).transpose(1, 2).flatten(2) for t in (codes, kept)]
+    return torch.cat(both, 2).view(-1, words, BLOCK, 3)
+
+
 _ops.implement_elsewhere("int4_pack", _pack_elsewhere)
+_ops.implement_elsewhere("int4_pack24", _pack24_elsewhere)
 _ops.implement_elsewhere("int4_linear", _elsewhere)
 _ops.implement_elsewhere("int4_linear_out", _elsewhere_out)
 

@@ -406,11 +406,18 @@ void fuzz_int4_linear(Random& r) {
           static_cast<int32_t>(r.pick({-1, features, INT32_MAX, INT32_MIN}));
   }
   if (r.one_in(2)) d.bias = dense(SINKS, FASTOPS_F32, {N});
-  fastops_tensor* tensors[] = {&d.x, &d.out, &d.codes, &d.scales, &d.zeros, &d.mins, &d.perm, &d.bias};
-  const int slots[] = {Q, OUT, K, V, BIAS, BIAS, CU_Q, SINKS};
+  if (r.one_in(4)) d.codes = dense(K, FASTOPS_U8, {blocks, features / 8, 16, 3});
+  if (r.one_in(4)) {
+    const int64_t slices = r.one_in(2) && N > 0 && N % 32 == 0 ? N / 16 : r.pick({1, 1, 2});
+    d.column_scales = dense(SLOPES, FASTOPS_F32, {slices, features});
+    if (r.one_in(2)) d.column_zeros = dense(LSE, FASTOPS_F32, {slices, features});
+  }
+  fastops_tensor* tensors[] = {&d.x,    &d.out,  &d.codes, &d.scales,        &d.zeros,
+                               &d.mins, &d.perm, &d.bias,  &d.column_scales, &d.column_zeros};
+  const int slots[] = {Q, OUT, K, V, BIAS, BIAS, CU_Q, SINKS, SLOPES, LSE};
   for (int64_t n = r.pick({0, 1, 1, 2}); n > 0; --n) {
-    const int64_t which = r.below(9);
-    if (which < 8)
+    const int64_t which = r.below(11);
+    if (which < 10)
       spoil_tensor(r, tensors[which], which == 6);
     else
       d.struct_size = static_cast<uint32_t>(r.pick({0, sizeof d + 8}));
@@ -420,7 +427,7 @@ void fuzz_int4_linear(Random& r) {
   sane(status, message);
   ++(status == FASTOPS_OK ? g_count.accepted : g_count.refused);
   if (status != FASTOPS_OK) return;
-  for (int i = 0; i < 8; ++i)
+  for (int i = 0; i < 10; ++i)
     if (!in_memory(slots[i], *tensors[i])) return;
   run([&](fastops_env* env) { return fastops_int4_linear(&d, env); },
       [&](fastops_env* env, size_t* bytes) { return fastops_int4_linear_workspace(&d, env, bytes); }, {OUT},

@@ -32,6 +32,7 @@ def test_pairs():
         {"zeros": torch.rand(8, 2)},
         {"mins": torch.rand(8, 2), "perm": torch.randperm(32).int()},
         {"planes": torch.arange(2, dtype=torch.int32)},
+        {"column_scales": torch.rand(1, 32).half(), "column_zeros": torch.rand(1, 32).half()},
     ],
 )
 def test_survives_copies_and_files(parts):
@@ -76,7 +77,7 @@ S = torch.ones(8, 2)
     (lambda: Int4Weight(C, S.double()), TypeError, "scales is float64"),
     (lambda: Int4Weight(C, S / 0), ValueError, "scales holds an infinity or a NaN"),
     (lambda: Int4Weight(C, S, zeros=S.half()), TypeError, "zeros is float16"),
-    (lambda: Int4Weight(C, S, zeros=S, mins=S), ValueError, "give zeros or mins, not both"),
+    (lambda: Int4Weight(C, S, zeros=S, mins=S), ValueError, "give one of zeros, mins and column_zeros"),
     (lambda: Int4Weight(C, S, perm=torch.zeros(32, dtype=torch.int32)), ValueError, "perm is no permutation of 0..31"),
     (lambda: Int4Weight(C, S, perm=torch.arange(31, dtype=torch.int32)), ValueError, "perm has 31 entries"),
     (lambda: Int4Weight(C, S, perm=torch.arange(32)), TypeError, "perm is int64, must be int32"),
@@ -84,7 +85,7 @@ S = torch.ones(8, 2)
     (lambda: Int4Weight(C, S, planes=torch.arange(2)), TypeError, "planes is int64, must be int32"),
     (lambda: quantize(torch.ones(8, 32), 32, bits=5), ValueError, "bits is 5, allowed: 4, 8"),
     (lambda: quantize(torch.ones(8, 32), 32, False, bits=8), ValueError, "8 bits are symmetric and rounded to nearest"),
-    (lambda: quantize(torch.ones(8, 32), 32, method="gptq"), ValueError, "method 'gptq' and a hessian go together"),
+    (lambda: quantize(torch.ones(8, 32), 32, method="gptq"), ValueError, "method 'gptq' needs a hessian"),
     (lambda: quantize(torch.ones(8, 32), 32, hessian=torch.eye(32)), ValueError, "got method 'rtn'"),
     (lambda: quantize(torch.ones(8, 32), 32, method="gptq", hessian=torch.eye(8)), ValueError, "hessian has shape [8, 8]"),
     (lambda: quantize(torch.ones(8, 32), 32, method="gptq", hessian=torch.full((32, 32), torch.nan)), ValueError, "hessian holds"),

@@ -145,7 +145,11 @@ def test_stays_inside_its_tensors(isa, dtype, m, end):
     w = random_weight(40, 72, 24, "zeros", perm=True, scale_dtype=torch.float16)
     packed = w.packed()
     args = [guarded(t, end) for t in (torch.randn(m, 72).to(dtype), packed.codes, packed.scales)]
-    options = {"zeros": guarded(packed.zeros, end), "perm": guarded(w.perm, end), "bias": guarded(torch.randn(40), end)}
+    options = {
+        "zeros": guarded(packed.rest["zeros"], end),
+        "perm": guarded(w.perm, end),
+        "bias": guarded(torch.randn(40), end),
+    }
     out = guarded(torch.zeros(m, 40, dtype=dtype), end)
     for int8 in (False, True):
         _ops.ops.int4_linear_out(*args, **options, int8=int8, out=out)

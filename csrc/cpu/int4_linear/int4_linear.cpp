@@ -2,6 +2,7 @@
 #include "cpu/int4_linear/int4_linear.h"
 
 #include <cstring>
+#include <initializer_list>
 
 #include "core/parallel.h"
 #include "core/status.h"
@@ -76,7 +77,8 @@ fastops_status check(const fastops_int4_linear_desc& d, Int4Params* p, char* mes
     REFUSE(FASTOPS_ERR_VALUE, "int4_linear: codes have %lld columns, must be x's %lld, or several times that", Int{K},
            Int{features});
   if (d.codes.dtype != FASTOPS_U8) REFUSE(FASTOPS_ERR_TYPE, "int4_linear: codes must be uint8");
-  const int64_t codes_size[4] = {blocks, K / 8, kInt4Block, 4};
+  const bool sparse = d.codes.ndim == 4 && d.codes.size[3] == kInt4Word24 / kInt4Block;
+  const int64_t codes_size[4] = {blocks, K / 8, kInt4Block, sparse ? 3 : 4};
   status = check_dense(op, "codes", d.codes, 4, codes_size, message);
   if (status != FASTOPS_OK) return status;
   const int64_t groups = d.scales.ndim == 3 ? d.scales.size[1] : 0;
@@ -98,7 +100,29 @@ fastops_status check(const fastops_int4_linear_desc& d, Int4Params* p, char* mes
     status = check_dense(op, each.name, each.t, 3, scales_size, message);
     if (status != FASTOPS_OK) return status;
   }
-  if (given(d.zeros) && given(d.mins)) REFUSE(FASTOPS_ERR_VALUE, "int4_linear: give zeros or mins, not both");
+  if (given(d.zeros) + given(d.mins) + given(d.column_zeros) > 1)
+    REFUSE(FASTOPS_ERR_VALUE, "int4_linear: give one of zeros, mins and column_zeros");
+  if (sparse && (given(d.zeros) || given(d.mins) || given(d.column_zeros)))
+    REFUSE(FASTOPS_ERR_VALUE, "int4_linear: 2:4 sparse codes are symmetric: no zeros, mins or column_zeros");
+  int64_t slices = 1;
+  if (given(d.column_scales)) {
+    slices = d.column_scales.ndim == 2 ? d.column_scales.size[0] : 0;
+    if (slices < 1 || (slices > 1 && (N % slices != 0 || N / slices % kInt4Block != 0)))
+      REFUSE(FASTOPS_ERR_VALUE,
+             "int4_linear: column_scales have %lld slices, must be 1 or divide N = %lld into "
+             "multiples of %d",
+             Int{slices}, Int{N}, kInt4Block);
+  } else if (given(d.column_zeros)) {
+    REFUSE(FASTOPS_ERR_VALUE, "int4_linear: column_zeros need column_scales");
+  }
+  const int64_t columns_size[2] = {slices, K};
+  for (const fastops_tensor* t : {&d.column_scales, &d.column_zeros}) {
+    if (!given(*t)) continue;
+    const char* name = t == &d.column_scales ? "column_scales" : "column_zeros";
+    if (t->dtype != FASTOPS_F32) REFUSE(FASTOPS_ERR_TYPE, "int4_linear: %s must be float32", name);
+    status = check_dense(op, name, *t, 2, columns_size, message);
+    if (status != FASTOPS_OK) return status;
+  }
   if (given(d.perm)) {
     if (d.perm.dtype != FASTOPS_I32) REFUSE(FASTOPS_ERR_TYPE, "int4_linear: perm must be int32");
     status = check_dense(op, "perm", d.perm, 1, &K, message);
@@ -110,8 +134,10 @@ fastops_status check(const fastops_int4_linear_desc& d, Int4Params* p, char* mes
                Int{features - 1});
     }
   }
-  if (d.eight != 0 && (planes != 2 || given(d.zeros) || given(d.mins) || given(d.perm)))
-    REFUSE(FASTOPS_ERR_VALUE, "int4_linear: eight needs two planes (there are %lld), no zeros, mins or perm",
+  if (d.eight != 0 &&
+      (planes != 2 || sparse || given(d.zeros) || given(d.mins) || given(d.perm) || given(d.column_scales)))
+    REFUSE(FASTOPS_ERR_VALUE,
+           "int4_linear: eight needs two planes (there are %lld), no zeros, mins, perm, column_scales or sparsity",
            Int{planes});
   if (given(d.bias)) {
     if (d.bias.dtype != FASTOPS_F32) REFUSE(FASTOPS_ERR_TYPE, "int4_linear: bias must be float32");
@@ -132,6 +158,10 @@ fastops_status check(const fastops_int4_linear_desc& d, Int4Params* p, char* mes
   p->out_sm = d.out.stride[0];
   p->out_dtype = d.out.dtype;
   p->codes = static_cast<const uint8_t*>(d.codes.data);
+  p->word_bytes = sparse ? kInt4Word24 : kInt4Word;
+  p->slices = slices;
+  p->column_scales = static_cast<const float*>(d.column_scales.data);
+  p->column_zeros = static_cast<const float*>(d.column_zeros.data);
   p->scales = static_cast<const char*>(d.scales.data);
   p->zeros = static_cast<const char*>(d.zeros.data);
   p->mins = static_cast<const char*>(d.mins.data);
@@ -146,15 +176,40 @@ fastops_status check(const fastops_int4_linear_desc& d, Int4Params* p, char* mes
 int64_t align64(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 int64_t block_rows(int64_t rows) { return rows < kInt4RowBlock ? rows : kInt4RowBlock; }
+// Slices of the output whose rows of x are prepared together: each has its own, scaled by its columns.
+int64_t slices_at_once(const Int4Params& p) {
+  const int64_t room = kInt4RowBlock / (p.M < 1 ? 1 : block_rows(p.M));
+  return p.slices < room ? p.slices : room;
+}
+// What slice `slice` reads and writes; its prepared rows stand at `place`.
+Int4Params slice_of(const Int4Params& p, int64_t slice, int64_t place) {
+  Int4Params q = p;
+  if (p.slices == 1) return q;
+  q.N = p.N / p.slices;
+  const int64_t n = slice * q.N, block = n / kInt4Block, numbers = block * p.groups * kInt4Block;
+  const int64_t bytes = numbers * size_of(p.scale_dtype);
+  q.codes += block * (p.K / 8) * p.word_bytes;
+  q.scales += bytes;
+  if (q.zeros) q.zeros += bytes;
+  if (q.mins) q.mins += bytes;
+  q.column_scales += slice * p.K;
+  if (q.column_zeros) q.column_zeros += slice * p.K;
+  if (q.bias) q.bias += n;
+  q.out += n * size_of(p.out_dtype);
+  q.a += place * p.M * p.a_row;
+  q.sums += place * p.M * p.groups;
+  q.row_scale += place * p.M;
+  return q;
+}
 
 struct Layout {
   int64_t a = 0, sums, row_scale, scratch, scratch_bytes, total;
   Layout(const Int4Params& p, const Int4Table& table, int workers) {
-    const int64_t rows = block_rows(p.M);
+    const int64_t rows = block_rows(p.M) * slices_at_once(p);
     sums = align64(table.row_bytes(p) * rows);
-    row_scale = sums + align64(p.int8 || p.zeros || p.mins ? rows * p.groups * 4 : 0);
+    row_scale = sums + align64(p.summed() ? rows * p.groups * 4 : 0);
     scratch = row_scale + align64(p.int8 ? rows * 4 : 0);
-    scratch_bytes = align64(int4_scratch(rows, p.N) * 4);
+    scratch_bytes = align64(int4_scratch(block_rows(p.M), p.N) * 4);
     total = scratch + scratch_bytes * workers;
   }
 };
@@ -194,6 +249,31 @@ extern "C" fastops_status fastops_int4_pack(const fastops_tensor* codes, const f
           const int low = four[b / 2] >> (b % 2 * 4) & 15, high = four[2 + b / 2] >> (b % 2 * 4) & 15;
           to[b] = static_cast<uint8_t>(low | high << 4);
         }
+      }
+  return FASTOPS_OK;
+}
+
+extern "C" fastops_status fastops_int4_pack24(const fastops_tensor* codes, const fastops_tensor* kept,
+                                              const fastops_tensor* packed, char* message) {
+  const char* op = "int4_pack24";
+  for (const fastops_tensor* t : {codes, kept, packed})
+    if (t->dtype != FASTOPS_U8) REFUSE(FASTOPS_ERR_TYPE, "int4_pack24: codes, kept and packed must be uint8");
+  if (codes->ndim != 2 || codes->size[1] % 2 != 0 || codes->size[0] < 0)
+    REFUSE(FASTOPS_ERR_VALUE, "int4_pack24: codes must be [N, K / 4] with K a multiple of 8");
+  const int64_t N = codes->size[0], words = codes->size[1] / 2, kept_size[2] = {N, words};
+  const int64_t size[4] = {(N + kInt4Block - 1) / kInt4Block, words, kInt4Block, 3};
+  fastops_status status = check_dense(op, "codes", *codes, 2, codes->size, message);
+  if (status == FASTOPS_OK) status = check_dense(op, "kept", *kept, 2, kept_size, message);
+  if (status == FASTOPS_OK) status = check_dense(op, "packed", *packed, 4, size, message);
+  if (status != FASTOPS_OK) return status;
+  const auto *from = static_cast<const uint8_t*>(codes->data), *places = static_cast<const uint8_t*>(kept->data);
+  auto* to = static_cast<uint8_t*>(packed->data);
+  for (int64_t block = 0; block < size[0]; ++block)
+    for (int64_t w = 0; w < words; ++w, to += kInt4Word24)
+      for (int64_t lane = 0; lane < kInt4Block; ++lane) {
+        const int64_t n = block * kInt4Block + lane, at = n * words + w;
+        for (int b = 0; b < 2; ++b) to[2 * lane + b] = n < N ? from[2 * at + b] ^ 0x88 : 0;
+        to[2 * kInt4Block + lane] = n < N ? places[at] : 0x44;
       }
   return FASTOPS_OK;
 }
@@ -239,19 +319,27 @@ extern "C" fastops_status fastops_int4_linear(const fastops_int4_linear_desc* de
   const int64_t rows = p.M, x_bytes = p.x_sm * size_of(p.dtype), out_bytes = p.out_sm * size_of(p.out_dtype);
   for (int64_t row = 0; row < rows; row += p.M, p.x += p.M * x_bytes, p.out += p.M * out_bytes) {
     p.M = block_rows(rows - row);
-    if (p.a || p.zeros || p.mins) {
-      fastops_env few = inner;
-      if (p.M < 8) few.num_threads = 1;
-      parallel_items(few, p.M, [&](int64_t r, int) { variant.table.prepare(p, r); });
+    const int64_t batch = slices_at_once(p);
+    for (int64_t slice = 0; slice < p.slices; slice += batch) {
+      const int64_t slices = p.slices - slice < batch ? p.slices - slice : batch;
+      if (p.a || p.summed()) {
+        fastops_env few = inner;
+        if (p.M * slices < 8) few.num_threads = 1;
+        parallel_items(few, p.M * slices,
+                       [&](int64_t r, int) { variant.table.prepare(slice_of(p, slice + r / p.M, r / p.M), r % p.M); });
+      }
+      const int64_t width = p.N / p.slices, panels = (width + kInt4Panel - 1) / kInt4Panel;
+      // Codes that stream by are best read in long runs: a few items for each worker. (What is computed stays the
+      // same.)
+      const int64_t few = 8 * workers, all = panels * slices;
+      const int64_t wish = p.M <= kInt4StreamRows ? (all + few - 1) / few : int4_item_panels(p.M, p.N);
+      const int64_t run = wish < panels ? wish : panels, items = (panels + run - 1) / run;
+      parallel_items(inner, items * slices, [&](int64_t item, int worker) {
+        const int64_t place = item / items, first = item % items * run;
+        variant.table.panels(slice_of(p, slice + place, place), first, first + run < panels ? first + run : panels,
+                             reinterpret_cast<float*>(ws + at.scratch + worker * at.scratch_bytes));
+      });
     }
-    const int64_t panels = (p.N + kInt4Panel - 1) / kInt4Panel;
-    // Codes that stream by are best read in long runs: a few items for each worker. (What is computed stays the same.)
-    const int64_t few = 8 * workers;
-    const int64_t run = p.M <= kInt4StreamRows ? (panels + few - 1) / few : int4_item_panels(p.M, p.N);
-    parallel_items(inner, (panels + run - 1) / run, [&](int64_t item, int worker) {
-      const int64_t end = (item + 1) * run < panels ? (item + 1) * run : panels;
-      variant.table.panels(p, item * run, end, reinterpret_cast<float*>(ws + at.scratch + worker * at.scratch_bytes));
-    });
   }
   return FASTOPS_OK;
 }

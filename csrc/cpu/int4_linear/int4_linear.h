@@ -13,6 +13,8 @@ constexpr int kInt4Ahead = 4096;    // bytes the prefetch of streamed codes runs
 constexpr int kInt4Units = 128;     // 32-bit units of K that a panel expands at a time: 32 KiB
 constexpr int kInt4RowBlock = 256;  // rows of x at a time: panels are expanded once for each such block
 constexpr int kInt4Wide = 4;        // panels of an item where rows are many: they share the rows they read
+constexpr int kInt4Word = 64;       // bytes of a word of eight codes for each feature of a block
+constexpr int kInt4Word24 = 48;     // the same where two of four columns are kept
 
 struct Int4Params {
   int64_t M, N, K, groups, group;  // K: columns of the codes; group: those that share a scale
@@ -23,10 +25,13 @@ struct Int4Params {
   char* out;
   int64_t out_sm;
   int32_t out_dtype;
-  const uint8_t* codes;               // [N / 16][K / 8][16][4]
+  const uint8_t* codes;               // [N / 16][K / 8][word_bytes]
+  int64_t word_bytes;                 // kInt4Word, or kInt4Word24: 2:4 sparse
   const char *scales, *zeros, *mins;  // [N / 16][groups][16]; at most one of zeros and mins
   int32_t scale_dtype;
   const int32_t* perm;  // [K]: column k belongs to feature perm[k] of x; without it to feature k % features
+  const float *column_scales, *column_zeros;  // [slices][K], each for N / slices features; NULL: 1, and none
+  int64_t slices;                             // 1 without column_scales
   const float* bias;
   bool int8, eight;
   // Filled by the C API inside the workspace: x as the kernels read it.
@@ -34,6 +39,8 @@ struct Int4Params {
   int64_t a_row;
   float* sums;       // [M][groups] of x over each group (not read by fp32 panels)
   float* row_scale;  // [M], int8 activations
+
+  bool summed() const { return int8 || zeros || mins || column_zeros; }  // something is multiplied with sums of x
 };
 
 struct Int4Table {

@@ -40,21 +40,22 @@ FASTOPS_INLINE vf load_scale(const char* p, int32_t dtype, int64_t i) {
 Mode mode_of(const Int4Params& p) {
   if (p.int8) return Mode::int8;
 #if defined(FASTOPS_HAS_BF16_DOT)
-  if (p.dtype == FASTOPS_BF16) return Mode::bf16;
+  if (p.dtype == FASTOPS_BF16 && p.column_scales == nullptr) return Mode::bf16;
 #endif
   return Mode::f32;
 }
 
 int64_t row_bytes(const Int4Params& p) {
   const Mode mode = mode_of(p);
-  if (mode == Mode::f32 && p.M <= kInt4StreamRows && p.dtype == FASTOPS_F32 && p.perm == nullptr && p.K == p.features)
+  if (mode == Mode::f32 && p.M <= kInt4StreamRows && p.dtype == FASTOPS_F32 && p.perm == nullptr &&
+      p.column_scales == nullptr && p.K == p.features)
     return 0;
   const int64_t lines = (p.K * (mode == Mode::int8 ? 1 : mode == Mode::bf16 ? 2 : 4) + 63) / 64;
   return (lines | 1) * 64;
 }
 
 // Features [k, k + n) of a row in fp32, in the weight's order.
-void read_features(const Int4Params& p, int64_t row, int64_t k, int n, float* to) {
+void gather_features(const Int4Params& p, int64_t row, int64_t k, int n, float* to) {
   if (p.perm) {
     const char* x = p.x + row * p.x_sm * (p.dtype == FASTOPS_F32 ? 4 : 2);
     for (int i = 0; i < n; ++i) {
@@ -75,6 +76,12 @@ void read_features(const Int4Params& p, int64_t row, int64_t k, int n, float* to
   if (p.dtype == FASTOPS_F16) convert(reinterpret_cast<const f16*>(p.x));
   if (p.dtype == FASTOPS_BF16) convert(reinterpret_cast<const bf16*>(p.x));
 }
+// The same times what the columns carry.
+void read_features(const Int4Params& p, int64_t row, int64_t k, int n, float* to) {
+  gather_features(p, row, k, n, to);
+  if (p.column_scales)
+    for (int i = 0; i < n; ++i) to[i] *= p.column_scales[k + i];
+}
 
 // Row `row` of x as the products read it, and its sums over groups where something is multiplied with them.
 void prepare(const Int4Params& p, int64_t row) {
@@ -85,9 +92,9 @@ void prepare(const Int4Params& p, int64_t row) {
   const auto chunk = [](int64_t at, int64_t end) { return static_cast<int>(end - at < kChunk ? end - at : kChunk); };
   if (mode == Mode::int8) {  // x = row_scale * code, |code| <= 127. A row with an inf or NaN becomes NaN.
     vf top = vzero(), poison = vzero();
-    const int64_t columns = p.perm ? p.K : p.features;  // planes read the same again
-    for (int64_t k = 0; k < columns; k += kChunk) {
-      const int n = chunk(k, columns);
+    const int64_t columns = p.perm || p.column_scales ? p.K : p.features;  // planes read the same again
+    for (int64_t k = 0, n = 0; k < columns; k += n) {
+      n = chunk(k, (k / p.features + 1) * p.features);  // a plane at a time
       read_features(p, row, k, n, buffer);
       for (int i = 0; i < n; i += W) {
         const vf v = n - i >= W ? vload(buffer + i) : vloadn(buffer + i, n - i);
@@ -99,7 +106,13 @@ void prepare(const Int4Params& p, int64_t row) {
     p.row_scale[row] = most / 127.0f + bad;
     inverse = most > 0.0f && bad == 0.0f ? 127.0f / most : 0.0f;
   }
-  const bool summed = mode == Mode::int8 || p.zeros || p.mins;
+  const bool summed = p.summed();
+  const float centre = mode == Mode::int8 ? 0.0f : 8.0f;
+  const auto weigh = [&](vf v, int64_t k, int left) FASTOPS_LAMBDA {  // what a column's zero makes of x
+    if (p.column_zeros == nullptr) return v;
+    const float* zero = p.column_zeros + k;
+    return vmul(v, vsub(left >= W ? vload(zero) : vloadn(zero, left), vset(centre)));
+  };
   for (int64_t g = 0; g < p.groups; ++g) {
     vf sum = vzero();
     const int64_t end = (g + 1) * p.group;
@@ -113,13 +126,14 @@ void prepare(const Int4Params& p, int64_t row) {
           v = vround(vmul(v, vset(inverse)));
           v = inverse == 0.0f ? vzero() : v;
           vstore_i8(codes + i, v);
-          sum = vadd(sum, v);
+          sum = vadd(sum, weigh(v, k + i, n - i));
         }
         std::memcpy(a + k, codes, static_cast<size_t>(n));
         continue;
       }
       if (summed)
-        for (int i = 0; i < n; i += W) sum = vadd(sum, n - i >= W ? vload(buffer + i) : vloadn(buffer + i, n - i));
+        for (int i = 0; i < n; i += W)
+          sum = vadd(sum, weigh(n - i >= W ? vload(buffer + i) : vloadn(buffer + i, n - i), k + i, n - i));
       if (mode == Mode::f32 && a) std::memcpy(reinterpret_cast<float*>(a) + k, buffer, static_cast<size_t>(n) * 4);
       if (mode == Mode::bf16)  // exact: these numbers were bf16 before
         for (int i = 0; i < n; ++i) from_f32(buffer[i], reinterpret_cast<bf16*>(a) + k + i / 8 * 8 + kOrder[i % 8]);
@@ -137,13 +151,31 @@ FASTOPS_INLINE vf offset_of(const Int4Params& p, int64_t at, vf scale, bool cent
   const float shift = centred ? 8.0f : 0.0f;
   if (p.zeros) return vmul(vsub(load_scale(p.zeros, p.scale_dtype, at), vset(shift)), scale);
   if (p.mins) return vsub(load_scale(p.mins, p.scale_dtype, at), vmul(vset(shift), scale));
+  if (p.column_zeros) return scale;  // the sums know the zeros
   return vmul(vset(8.0f - shift), scale);
 }
 
 // ---- stream --------------------------------------------------------------------------------------------------------
 
+// Vector v of a word, eight codes a lane. With 2:4 sparsity sixteen bits hold the four codes kept (less 8, the first
+// in the lowest ones), eight more their places in their four columns; what is not there has code 8, that is, weight 0.
+template <bool k24>
+FASTOPS_INLINE vi load_word(const uint8_t* word, int v) {
+  if constexpr (!k24) {
+    return viload(word + v * W * 4);
+  } else {
+    const vi codes = viload_u16(word + v * W * 2), places = viload_u8(word + kInt4Block * 2 + v * W);
+    // Nibble 2 c is column c of the first four, nibble 2 c + 1 of the second: 8 bits a column.
+    const vi a = vishlv(vimask<0xf>(codes), vimask<24>(vishl<3>(places)));
+    const vi b = vishlv(vimask<0xf>(vishr<4>(codes)), vimask<24>(vishl<1>(places)));
+    const vi c = vishlv(vimask<0xf0>(vishr<4>(codes)), vimask<24>(vishr<1>(places)));
+    const vi d = vishlv(vimask<0xf0>(vishr<8>(codes)), vimask<24>(vishr<3>(places)));
+    return viflip<0x88888888>(vior(vior(a, b), vior(c, d)));
+  }
+}
+
 // sums[r][v] of one block of 16 features over `n` words (8 n input features) from `codes`.
-template <Mode mode, int MR>
+template <Mode mode, bool k24, int MR>
 FASTOPS_INLINE void stream_words(const uint8_t* codes, int64_t n, const char* const (&a)[MR], vf (&sums)[MR][kNV16]) {
   constexpr int kChains = MR * kNV16 >= 8 ? 1 : 8 / (MR * kNV16);  // independent sums hide the latency of an addition
   vf acc[MR][kNV16][kChains];
@@ -155,11 +187,26 @@ FASTOPS_INLINE void stream_words(const uint8_t* codes, int64_t n, const char* co
       for (int c = 0; c < kChains; ++c) acc[r][v][c] = vzero();
     }
   }
-  for (int64_t w = 0; w < n; ++w, codes += 64) {
+  for (int64_t w = 0; w < n; ++w, codes += k24 ? kInt4Word24 : kInt4Word) {
     vprefetch(codes + kInt4Ahead);  // blocks follow one another: the next one's codes, at the end of this
     FASTOPS_UNROLL
     for (int v = 0; v < kNV16; ++v) {
-      const vi word = viload(codes + v * W * 4);
+      if constexpr (k24 && mode == Mode::f32) {  // half the products: each code meets the column it was kept for
+        const vi four = viflip<0x8888>(viload_u16(codes + v * W * 2));
+        const vi places = viload_u8(codes + kInt4Block * 2 + v * W);
+        const auto one = [&](auto i) FASTOPS_LAMBDA {
+          const vf weights = vnibble<decltype(i)::value>(four);
+          const vi place = vishr<2 * decltype(i)::value>(places);
+          FASTOPS_UNROLL
+          for (int r = 0; r < MR; ++r) {
+            vf& sum = acc[r][v][i % kChains];
+            sum = vfma(vquad(reinterpret_cast<const float*>(a[r]) + w * 8 + i / 2 * 4, place), weights, sum);
+          }
+        };
+        each_of<4>(one);
+        continue;
+      }
+      const vi word = load_word<k24>(codes, v);
       if constexpr (mode == Mode::int8) {
         const vi low = vnibbles_low(word), high = vnibbles_high(word);
         FASTOPS_UNROLL
@@ -243,7 +290,7 @@ void finish(const Int4Params& p, int64_t row, int64_t feature0, vf (&values)[kNV
   if (p.out_dtype == FASTOPS_BF16) store_features<bf16>(p, p.out, at, values, n);
 }
 
-template <Mode mode, int MR>
+template <Mode mode, bool k24, int MR>
 void stream(const Int4Params& p, int64_t block, int64_t row0) {
   const char* a[MR];
   for (int r = 0; r < MR; ++r) a[r] = row_of(p, row0 + r);
@@ -251,11 +298,11 @@ void stream(const Int4Params& p, int64_t block, int64_t row0) {
   for (int r = 0; r < MR; ++r)
     for (int v = 0; v < kNV16; ++v) total[r][v] = vzero();
   const int64_t words = p.group / 8, a_step = mode == Mode::int8 ? p.group : p.group * (mode == Mode::bf16 ? 2 : 4);
-  const uint8_t* codes = p.codes + block * (p.K / 8) * 64;
-  const bool shifted = mode == Mode::int8 || p.zeros || p.mins;
-  for (int64_t g = 0; g < p.groups; ++g, codes += words * 64) {
+  const uint8_t* codes = p.codes + block * (p.K / 8) * p.word_bytes;
+  const bool shifted = p.summed();
+  for (int64_t g = 0; g < p.groups; ++g, codes += words * p.word_bytes) {
     vf sums[MR][kNV16];
-    stream_words<mode, MR>(codes, words, a, sums);
+    stream_words<mode, k24, MR>(codes, words, a, sums);
     FASTOPS_UNROLL
     for (int v = 0; v < kNV16; ++v) {
       const int64_t at = (block * p.groups + g) * kInt4Block + v * W;
@@ -273,18 +320,18 @@ void stream(const Int4Params& p, int64_t block, int64_t row0) {
   for (int r = 0; r < MR; ++r) finish(p, row0 + r, block * kInt4Block, total[r]);
 }
 
-template <Mode mode>
+template <Mode mode, bool k24>
 void stream_rows(const Int4Params& p, int64_t block) {
   static_assert(kInt4StreamRows == 4, "one case for each");
   switch (p.M) {
     case 1:
-      return stream<mode, 1>(p, block, 0);
+      return stream<mode, k24, 1>(p, block, 0);
     case 2:
-      return stream<mode, 2>(p, block, 0);
+      return stream<mode, k24, 2>(p, block, 0);
     case 3:
-      return stream<mode, 3>(p, block, 0);
+      return stream<mode, k24, 3>(p, block, 0);
     default:
-      return stream<mode, 4>(p, block, 0);
+      return stream<mode, k24, 4>(p, block, 0);
   }
 }
 
@@ -292,13 +339,13 @@ void stream_rows(const Int4Params& p, int64_t block) {
 
 // Units [u0, u0 + n) of 64 features, as gemm reads them: [n][64]. A unit is one weight (f32, scaled), or two or four
 // codes (scaled after the product).
-template <Mode mode>
+template <Mode mode, bool k24>
 void expand(const Int4Params& p, int64_t panel, int64_t word0, int64_t words, float* to) {
   const int64_t blocks = (p.N + kInt4Block - 1) / kInt4Block;
   for (int b = 0; b < kInt4Panel / kInt4Block; ++b) {
     const int64_t block = panel * (kInt4Panel / kInt4Block) + b;
     if (block >= blocks) break;  // whatever stands there meets no output
-    const uint8_t* codes = p.codes + (block * (p.K / 8) + word0) * 64;
+    const uint8_t* codes = p.codes + (block * (p.K / 8) + word0) * p.word_bytes;
     for (int v = 0; v < kNV16; ++v) {
       float* dst = to + b * kInt4Block + v * W;
       for (int64_t w = 0; w < words;) {
@@ -310,9 +357,11 @@ void expand(const Int4Params& p, int64_t panel, int64_t word0, int64_t words, fl
           const vf zero = p.zeros ? vsub(load_scale(p.zeros, p.scale_dtype, at), vset(8.0f)) : vzero();
           const vf shift = p.mins ? vsub(load_scale(p.mins, p.scale_dtype, at), vmul(vset(8.0f), scale)) : vzero();
           for (; w < stop; ++w) {
-            const vi word = viload(codes + w * 64 + v * W * 4);
+            const vi word = load_word<k24>(codes + w * p.word_bytes, v);
+            const float* column = p.column_zeros ? p.column_zeros + (word0 + w) * 8 : nullptr;
             const auto one = [&](auto i) FASTOPS_LAMBDA {
-              const vf x = vmul(vsub(vnibble<decltype(i)::value>(word), zero), scale);
+              const vf centre = column ? vset(column[kOrder[i]] - 8.0f) : zero;
+              const vf x = vmul(vsub(vnibble<decltype(i)::value>(word), centre), scale);
               vstore(dst + (w * 8 + kOrder[i]) * kInt4Panel, vsub(x, shift));
             };
             each_of<8>(one);
@@ -321,7 +370,7 @@ void expand(const Int4Params& p, int64_t panel, int64_t word0, int64_t words, fl
 #if defined(FASTOPS_HAS_BF16_DOT)
         if constexpr (mode == Mode::bf16) {
           for (; w < stop; ++w) {
-            const vi word = viload(codes + w * 64 + v * W * 4);
+            const vi word = load_word<k24>(codes + w * p.word_bytes, v);
             const auto pair = [&](auto i) FASTOPS_LAMBDA {
               vistore(dst + (w * 4 + i) * kInt4Panel, vpairs_bf16<decltype(i)::value>(word));
             };
@@ -331,7 +380,7 @@ void expand(const Int4Params& p, int64_t panel, int64_t word0, int64_t words, fl
 #endif
         if constexpr (mode == Mode::int8) {
           for (; w < stop; ++w) {
-            const vi word = viload(codes + w * 64 + v * W * 4);
+            const vi word = load_word<k24>(codes + w * p.word_bytes, v);
             vistore(dst + w * 2 * kInt4Panel, vnibbles_low(word));
             vistore(dst + (w * 2 + 1) * kInt4Panel, vnibbles_high(word));
           }
@@ -375,7 +424,7 @@ void expand_joined(const Int4Params& p, int64_t panel, int64_t word0, int64_t wo
 template <Mode mode>
 void add_group(const Int4Params& p, int64_t panel, int64_t g, bool begins, int rows, int columns, const float* products,
                float* total) {
-  const bool shifted = begins && (mode == Mode::int8 || p.zeros || p.mins);
+  const bool shifted = begins && p.summed();
   for (int c = 0; c < columns; c += W) {
     const int64_t block = panel * (kInt4Panel / kInt4Block) + c / kInt4Block;
     const bool both = joined<mode>(p);  // the second plane's scale then
@@ -420,7 +469,7 @@ void expanded_panels(const Int4Params& p, int64_t panel0, int64_t panel_end, flo
       if (both)
         expand_joined(p, panel, word, words, expanded);
       else
-        expand<mode>(p, panel, word, words, expanded);
+        (p.word_bytes == kInt4Word24 ? expand<mode, true> : expand<mode, false>)(p, panel, word, words, expanded);
       if constexpr (mode == Mode::f32) {
         gemm<Dot>(a, lda, expanded, kInt4Panel, total, kInt4Panel, rows, columns, units, true);
       } else {
@@ -448,7 +497,8 @@ template <Mode mode, class Dot>
 void run_panels(const Int4Params& p, int64_t first, int64_t end, float* scratch) {
   if (p.M > kInt4StreamRows) return expanded_panels<mode, Dot>(p, first, end, scratch);
   constexpr int64_t kBlocks = kInt4Panel / kInt4Block;
-  for (int64_t b = first * kBlocks; b * kInt4Block < p.N && b < end * kBlocks; ++b) stream_rows<mode>(p, b);
+  const auto run = p.word_bytes == kInt4Word24 ? stream_rows<mode, true> : stream_rows<mode, false>;
+  for (int64_t b = first * kBlocks; b * kInt4Block < p.N && b < end * kBlocks; ++b) run(p, b);
 }
 
 void int4_panels(const Int4Params& p, int64_t first, int64_t end, float* scratch) {

@@ -149,6 +149,33 @@ FASTOPS_INLINE vi viadd(vi a, vi b) { return _mm256_add_epi32(a, b); }
 FASTOPS_INLINE vf vi_to_float(vi x) { return _mm256_cvtepi32_ps(x); }
 FASTOPS_INLINE vi vi_from_bits(vf x) { return _mm256_castps_si256(x); }
 FASTOPS_INLINE vf vi_as_bits(vi x) { return _mm256_castsi256_ps(x); }
+FASTOPS_INLINE vf vquad(const float* p, vi place) {
+  return _mm256_permutevar_ps(_mm256_broadcast_ps(reinterpret_cast<const __m128*>(p)), place);
+}
+FASTOPS_INLINE vi viload_u16(const uint8_t* p) {
+  return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+FASTOPS_INLINE vi viload_u8(const uint8_t* p) {
+  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
+template <int n>
+FASTOPS_INLINE vi vishl(vi x) {
+  return _mm256_slli_epi32(x, n);
+}
+template <int n>
+FASTOPS_INLINE vi vishr(vi x) {
+  return _mm256_srli_epi32(x, n);
+}
+FASTOPS_INLINE vi vishlv(vi x, vi n) { return _mm256_sllv_epi32(x, n); }
+FASTOPS_INLINE vi vior(vi a, vi b) { return _mm256_or_si256(a, b); }
+template <uint32_t bits>
+FASTOPS_INLINE vi vimask(vi x) {
+  return _mm256_and_si256(x, _mm256_set1_epi32(static_cast<int32_t>(bits)));
+}
+template <uint32_t bits>
+FASTOPS_INLINE vi viflip(vi x) {
+  return _mm256_xor_si256(x, _mm256_set1_epi32(static_cast<int32_t>(bits)));
+}
 // W integers from -127 to 127, rounded to nearest, as bytes.
 FASTOPS_INLINE void vstore_i8(int8_t* p, vf x) {
   const __m256i wide = _mm256_cvtps_epi32(x);

@@ -158,6 +158,33 @@ FASTOPS_INLINE vi viadd(vi a, vi b) { return _mm512_add_epi32(a, b); }
 FASTOPS_INLINE vf vi_to_float(vi x) { return _mm512_cvtepi32_ps(x); }
 FASTOPS_INLINE vi vi_from_bits(vf x) { return _mm512_castps_si512(x); }
 FASTOPS_INLINE vf vi_as_bits(vi x) { return _mm512_castsi512_ps(x); }
+FASTOPS_INLINE vf vquad(const float* p, vi place) {
+  return _mm512_permutevar_ps(_mm512_broadcast_f32x4(_mm_loadu_ps(p)), place);
+}
+FASTOPS_INLINE vi viload_u16(const uint8_t* p) {
+  return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+FASTOPS_INLINE vi viload_u8(const uint8_t* p) {
+  return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+template <int n>
+FASTOPS_INLINE vi vishl(vi x) {
+  return _mm512_slli_epi32(x, n);
+}
+template <int n>
+FASTOPS_INLINE vi vishr(vi x) {
+  return _mm512_srli_epi32(x, n);
+}
+FASTOPS_INLINE vi vishlv(vi x, vi n) { return _mm512_sllv_epi32(x, n); }
+FASTOPS_INLINE vi vior(vi a, vi b) { return _mm512_or_si512(a, b); }
+template <uint32_t bits>
+FASTOPS_INLINE vi vimask(vi x) {
+  return _mm512_and_si512(x, _mm512_set1_epi32(static_cast<int32_t>(bits)));
+}
+template <uint32_t bits>
+FASTOPS_INLINE vi viflip(vi x) {
+  return _mm512_xor_si512(x, _mm512_set1_epi32(static_cast<int32_t>(bits)));
+}
 // W integers from -127 to 127, rounded to nearest, as bytes.
 FASTOPS_INLINE void vstore_i8(int8_t* p, vf x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x)));

@@ -109,6 +109,36 @@ FASTOPS_INLINE vf vi_as_bits(vi x) {
   std::memcpy(&y, &x, sizeof(y));
   return y;
 }
+// p[place % 4] for the place in each lane.
+FASTOPS_INLINE vf vquad(const float* p, vi place) {
+  return vf{p[place[0] & 3], p[place[1] & 3], p[place[2] & 3], p[place[3] & 3]};
+}
+// W unsigned numbers of 16 or 8 bits.
+FASTOPS_INLINE vi viload_u16(const uint8_t* p) {
+  vi x;
+  for (int i = 0; i < W; ++i) x[i] = p[2 * i] | p[2 * i + 1] << 8;
+  return x;
+}
+FASTOPS_INLINE vi viload_u8(const uint8_t* p) { return vi{p[0], p[1], p[2], p[3]}; }
+// Bits of each lane: moved by n, or by as many as the other lane says; both; those of a mask; those of a mask flipped.
+template <int n>
+FASTOPS_INLINE vi vishl(vi x) {
+  return x << n;
+}
+template <int n>
+FASTOPS_INLINE vi vishr(vi x) {
+  return x >> n & static_cast<int32_t>(0xffffffffu >> n);
+}
+FASTOPS_INLINE vi vishlv(vi x, vi n) { return x << n; }
+FASTOPS_INLINE vi vior(vi a, vi b) { return a | b; }
+template <uint32_t bits>
+FASTOPS_INLINE vi vimask(vi x) {
+  return x & static_cast<int32_t>(bits);
+}
+template <uint32_t bits>
+FASTOPS_INLINE vi viflip(vi x) {
+  return x ^ static_cast<int32_t>(bits);
+}
 // W integers from -127 to 127, rounded to nearest, as bytes.
 FASTOPS_INLINE void vstore_i8(int8_t* p, vf x) {
   const vf whole = vround(x);

@@ -22,6 +22,8 @@ bool check(const fastops_int4_linear_desc& d, Int4Args* a, Checks& c) {
     return c.fail(FASTOPS_ERR_TYPE, "out must have x's dtype or be float32");
   if (d.codes.ndim != 4 || d.codes.dtype != FASTOPS_U8)
     return c.fail(FASTOPS_ERR_VALUE, "codes must be uint8 [ceil(N / 16), K / 8, 16, 4]");
+  if (d.codes.size[3] == 3) return refuse(c, "2:4 sparse codes");
+  if (given(d.column_scales) || given(d.column_zeros)) return refuse(c, "column_scales");
   const int64_t N = d.out.size[1], blocks = (N + 15) / 16, eighths = d.codes.size[1], K = eighths * 8, Kx = d.x.size[1];
   const int64_t codes[4] = {blocks, eighths, 16, 4};
   if (!c.shape("codes", d.codes, 4, codes)) return false;

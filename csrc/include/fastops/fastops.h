@@ -199,10 +199,17 @@ FASTOPS_API fastops_status fastops_merge_states(const fastops_merge_states_desc*
  * Packed for the CPU: uint8 [ceil(N / 16), K / 8, 16, 4], made once by fastops_int4_pack; scales, zeros and mins go
  * with it as [ceil(N / 16), groups, 16], anything in the places behind feature N. */
 FASTOPS_API fastops_status fastops_int4_pack(const fastops_tensor* codes, const fastops_tensor* packed, char* message);
+/* 2:4 sparse: two of each four neighbouring columns are kept, the others are zero weights. Codes of those kept, in
+ * order: uint8 [N, K / 4] as above; kept: uint8 [N, K / 8], four places (0 to 3, the first in the lowest two bits) a byte.
+ * Packed: uint8 [ceil(N / 16), K / 8, 16, 3], 3 bits a weight. */
+FASTOPS_API fastops_status fastops_int4_pack24(const fastops_tensor* codes, const fastops_tensor* kept,
+                                               const fastops_tensor* packed, char* message);
 
 /* out[m,n] = sum_k x[m,perm[k]] w[n,k] + bias[n] with, in group g = k / (K / groups),  K: columns of the codes
  *   w[n,k] = (code - zeros[n,g]) scales[n,g]    zeros given; without it 8
  *   w[n,k] = code scales[n,g] - mins[n,g]       mins given
+ *   w[n,k] = (code - column_zeros[s,k]) scales[n,g]   column_zeros given
+ * times column_scales[s,k] where given, with s = n / (N / slices): groups along the outputs of one input (AdaDim).
  * The codes may have P times as many columns as x, P planes that add up: column k belongs to feature k modulo x's
  * columns. Two planes, one of them with 16 times the other's scales, are 8-bit weights.
  * int8 = 0: x as it is, sums in fp32. int8 = 1: each row of x is rounded to int8 (absmax / 127) and products are
@@ -212,18 +219,20 @@ typedef struct fastops_int4_linear_desc {
   int32_t int8;
   fastops_tensor x;      /* [M, K / P] fp32, fp16, bf16; K / P a multiple of 8 */
   fastops_tensor out;    /* [M, N] x's dtype, or fp32 */
-  fastops_tensor codes;  /* packed, K columns */
+  fastops_tensor codes;  /* packed, K columns; with 2:4 sparse ones none of zeros, mins, column_zeros */
   fastops_tensor scales; /* [ceil(N / 16), groups, 16] fp32, fp16, bf16; groups divides K / 8, P divides groups */
   fastops_tensor zeros;  /* optional, like scales */
   fastops_tensor mins;   /* optional, like scales; not with zeros */
   fastops_tensor perm;   /* optional int32 [K], each from 0 to K / P - 1 */
   fastops_tensor bias;   /* optional fp32 [N] */
   int32_t eight; /* P is 2 and the first plane's scales are 16 times the second's (taken on trust): products of many
-                  * int8 rows may then read both planes as one of 8 bits. Without zeros, mins and perm only */
+                  * int8 rows may then read both planes as one of 8 bits. Without zeros, mins, perm, columns only */
+  fastops_tensor column_scales; /* optional fp32 [slices, K]; N / slices a multiple of 16, or slices 1 */
+  fastops_tensor column_zeros;  /* optional, like column_scales; not with zeros or mins */
 } fastops_int4_linear_desc;
 
 FASTOPS_API fastops_status fastops_int4_linear_check(const fastops_int4_linear_desc* desc, char* message);
-/* Bytes of scratch: x as the kernels read it (at most 256 x (K + 16) x 4), its sums
+/* Bytes of scratch: x as the kernels read it (256 rows of (K + 16) x 4 at most, of all slices), its sums
  * over groups, and 0.4 MiB for each thread. */
 FASTOPS_API fastops_status fastops_int4_linear_workspace(const fastops_int4_linear_desc* desc, const fastops_env* env,
                                                          size_t* bytes);
