@@ -45,6 +45,10 @@ _INT4 = (
     "Tensor? zeros=None, Tensor? mins=None, Tensor? perm=None, Tensor? bias=None, Tensor? column_scales=None, "
     "Tensor? column_zeros=None, *, bool int8=False, bool eight=False"
 )
+_LUT = (
+    "Tensor x, Tensor codes, Tensor table, Tensor? row_starts=None, Tensor? columns=None, Tensor? values=None, "
+    "Tensor? bias=None"
+)
 _AFFINE = "float eps=1e-6, *, float weight_offset=0.0"
 _ROPE = (
     "Tensor q, Tensor? k, Tensor cos, Tensor sin, *, Tensor? positions=None, bool interleaved=False, bool inverse=False"
@@ -78,6 +82,8 @@ SCHEMAS = {
     "int4_pack24": "Tensor codes, Tensor kept) -> Tensor",
     "int4_linear": f"Tensor x, Tensor codes, Tensor scales, int n, {_INT4}) -> Tensor",
     "int4_linear_out": f"Tensor x, Tensor codes, Tensor scales, {_INT4}, Tensor(a!) out) -> ()",
+    "lut_linear": f"{_LUT}) -> Tensor",
+    "lut_linear_out": f"{_LUT}, *, Tensor(a!) out) -> ()",
     "rms_norm": f"Tensor x, Tensor? weight=None, {_AFFINE}) -> Tensor",
     "rms_norm_out": f"Tensor x, Tensor? weight=None, {_AFFINE}, Tensor(a!) out) -> ()",
     "fused_add_rms_norm": f"Tensor(a!) x, Tensor(b!) residual, Tensor? weight=None, {_AFFINE}) -> ()",

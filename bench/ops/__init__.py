@@ -17,7 +17,7 @@ ROOMS = {
 }
 NAMES = (
     "attention", "attention_varlen", "attention_paged", "merge_states", "sdpa", "int4_linear", *ROOMS,
-    "linear_cross_entropy", "scale_add",
+    "lut_linear", "linear_cross_entropy", "scale_add",
 )  # fmt: skip
 
 

@@ -17,6 +17,9 @@
 #define INT4                                                                                                  \
   "Tensor? zeros=None, Tensor? mins=None, Tensor? perm=None, Tensor? bias=None, Tensor? column_scales=None, " \
   "Tensor? column_zeros=None, *, bool int8=False, bool eight=False"
+#define LUT                                                                                                    \
+  "Tensor x, Tensor codes, Tensor table, Tensor? row_starts=None, Tensor? columns=None, Tensor? values=None, " \
+  "Tensor? bias=None"
 #define AFFINE "float eps=1e-6, *, float weight_offset=0.0"
 #define ROPE \
   "Tensor q, Tensor? k, Tensor cos, Tensor sin, *, Tensor? positions=None, bool interleaved=False, bool inverse=False"
@@ -47,6 +50,8 @@ STABLE_TORCH_LIBRARY(fastops, m) {
   m.def("int4_pack24(Tensor codes, Tensor kept) -> Tensor");
   m.def("int4_linear(Tensor x, Tensor codes, Tensor scales, int n, " INT4 ") -> Tensor");
   m.def("int4_linear_out(Tensor x, Tensor codes, Tensor scales, " INT4 ", Tensor(a!) out) -> ()");
+  m.def("lut_linear(" LUT ") -> Tensor");
+  m.def("lut_linear_out(" LUT ", *, Tensor(a!) out) -> ()");
   m.def("rms_norm(Tensor x, Tensor? weight=None, " AFFINE ") -> Tensor");
   m.def("rms_norm_out(Tensor x, Tensor? weight=None, " AFFINE ", Tensor(a!) out) -> ()");
   m.def("fused_add_rms_norm(Tensor(a!) x, Tensor(b!) residual, Tensor? weight=None, " AFFINE ") -> ()");

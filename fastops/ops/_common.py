@@ -279,5 +279,24 @@ def wide_of(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def check_linear(op: str, x: Any, shape: torch.Size, device: torch.device, bias: Any, out: Tensor | None) -> None:
+    """x [.., K] against a weight [N, K], and a bias [N] of any floating dtype."""
+    n, k = shape
+    require_tensor(op, "x", x)
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{op}: x is {name_of(x.dtype)}, allowed: {', '.join(map(name_of, FLOATS))}")
+    if x.device != device:
+        raise TypeError(f"{op}: x is on {x.device}, weight on {device}; they must agree")
+    if x.dim() < 1 or x.shape[-1] != k:
+        raise ValueError(f"{op}: x has shape {list(x.shape)}, its last dimension must be K = {k}")
+    if bias is not None:
+        require_tensor(op, "bias", bias)
+        if list(bias.shape) != [n]:
+            raise ValueError(f"{op}: bias has shape {list(bias.shape)}, must be [{n}]")
+        if not bias.dtype.is_floating_point or bias.device != x.device:
+            raise TypeError(f"{op}: bias is {name_of(bias.dtype)} on {bias.device}, must be floating on {x.device}")
+    check_out(op, out, (*x.shape[:-1], n), x)
+
+
 def any_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -29,26 +29,9 @@ def validate(
 ) -> None:
     if not isinstance(weight, Int4Weight):
         raise TypeError(f"{NAME}: weight must be an Int4Weight, got {type(weight).__name__}")
-    n, k = weight.shape
-    common.require_tensor(NAME, "x", x)
-    if x.dtype not in common.FLOATS:
-        known = ", ".join(map(common.name_of, common.FLOATS))
-        raise TypeError(f"{NAME}: x is {common.name_of(x.dtype)}, allowed: {known}")
-    if x.device != weight.device:
-        raise TypeError(f"{NAME}: x is on {x.device}, weight on {weight.device}; they must agree")
-    if x.dim() < 1 or x.shape[-1] != k:
-        raise ValueError(f"{NAME}: x has shape {list(x.shape)}, its last dimension must be K = {k}")
     if activations not in MODES:
         raise ValueError(f"{NAME}: activations is {activations!r}, allowed: {', '.join(MODES)}")
-    if bias is not None:
-        common.require_tensor(NAME, "bias", bias)
-        if list(bias.shape) != [n]:
-            raise ValueError(f"{NAME}: bias has shape {list(bias.shape)}, must be [{n}]")
-        if not bias.dtype.is_floating_point or bias.device != x.device:
-            raise TypeError(
-                f"{NAME}: bias is {common.name_of(bias.dtype)} on {bias.device}, must be floating on {x.device}"
-            )
-    common.check_out(NAME, out, (*x.shape[:-1], n), x)
+    common.check_linear(NAME, x, weight.shape, weight.device, bias, out)
 
 
 def describe(x: Tensor, weight: Int4Weight, bias: Tensor | None = None, **options: Any) -> Call:

@@ -193,3 +193,37 @@ void fuzz_rope(Random& r) {
             {&d.slots, SCRATCH, true}},
            fastops_rope_check, fastops_rope, no_workspace, {OUT, LSE, TABLE, CU_K}, true);
 }
+
+void fuzz_lut_linear(Random& r) {
+  const int32_t dtype = any_float(r);
+  const int64_t M = r.below(12), N = r.below(150), features = 1 + r.below(200), count = r.below(80);
+  fastops_lut_linear_desc d{};
+  d.struct_size = sizeof d;
+  d.x = dense(Q, dtype, {M, features});
+  d.out = dense(OUT, r.one_in(3) ? FASTOPS_F32 : dtype, {M, N});
+  d.codes = dense(K, FASTOPS_U8, {N, (features + 31) / 32, 16});
+  d.table = dense(V, FASTOPS_F32, {N, 16});
+  if (r.one_in(2)) {
+    d.row_starts = dense(CU_Q, FASTOPS_I32, {N + 1});
+    d.columns = dense(CU_K, FASTOPS_I32, {count});
+    d.values = dense(SINKS, FASTOPS_F32, {count});
+    auto *starts = static_cast<int32_t*>(d.row_starts.data), *columns = static_cast<int32_t*>(d.columns.data);
+    for (int64_t n = 0; n <= N; ++n) starts[n] = static_cast<int32_t>(n == 0 ? 0 : count * n / N);
+    for (int64_t i = 0; i < count; ++i) columns[i] = static_cast<int32_t>(r.below(features));
+    if (r.one_in(4)) starts[r.below(N + 1)] = static_cast<int32_t>(r.pick({-1, count + 1, INT32_MAX, INT32_MIN}));
+    if (count > 0 && r.one_in(4)) columns[r.below(count)] = static_cast<int32_t>(r.pick({-1, features, INT32_MAX}));
+  }
+  if (r.one_in(2)) d.bias = dense(BIAS, FASTOPS_F32, {N});
+  try_call(
+      r, d,
+      {{&d.x, Q, false},
+       {&d.out, OUT, false},
+       {&d.codes, K, false},
+       {&d.table, V, false},
+       {&d.row_starts, CU_Q, true},
+       {&d.columns, CU_K, true},
+       {&d.values, SINKS, false},
+       {&d.bias, BIAS, false}},
+      &fastops_lut_linear_check, &fastops_lut_linear,
+      [&](fastops_env* env, size_t* bytes) { return fastops_lut_linear_workspace(&d, env, bytes); }, {OUT}, true);
+}

@@ -15,6 +15,7 @@ CACHE = torch.randn(5, 4, 2, 64)
 TABLE, LENS = torch.tensor([[0, 3], [4, 1]], dtype=torch.int32), torch.tensor([5, 8], dtype=torch.int32)
 
 CODES = torch.randint(0, 256, (24, 32), dtype=torch.uint8)
+SPARSE = (torch.arange(25).int(), torch.arange(24).int(), torch.randn(24))
 INT4 = (O.int4_pack(CODES), torch.rand(2, 4, 16))
 
 Q, KV, COS = torch.randn(6, 4, 16), torch.randn(6, 2, 16), torch.randn(6, 8)
@@ -39,6 +40,10 @@ CASES = {
     "int4_linear_int8": (O.int4_linear.default, (torch.randn(2, 64), *INT4, 24), {"mins": INT4[1], "int8": True}),
     "int4_linear_eight": (O.int4_linear.default, (torch.randn(5, 32), *INT4, 24), {"int8": True, "eight": True}),
     "int4_linear_out": (O.int4_linear_out.default, (torch.randn(5, 64), *INT4), {"out": torch.empty(5, 24)}),
+    "lut_linear": (O.lut_linear.default, (torch.randn(5, 64), CODES.view(24, 2, 16), torch.randn(24, 16)), {"bias": torch.randn(24)}),
+    "lut_linear_out": (
+        O.lut_linear_out.default, (torch.randn(5, 64), CODES.view(24, 2, 16), torch.randn(24, 16), *SPARSE), {"out": torch.empty(5, 24)}
+    ),
     "merge_states": (O.merge_states.default, ([X, X], [torch.randn(2, 4, 5)] * 2), {}),
     "rms_norm": (O.rms_norm.default, (X, WEIGHT), {"weight_offset": 1.0}),
     "rms_norm_out": (O.rms_norm_out.default, (X, WEIGHT), {"out": torch.empty_like(X)}),

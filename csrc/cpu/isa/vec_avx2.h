@@ -176,6 +176,14 @@ template <uint32_t bits>
 FASTOPS_INLINE vi viflip(vi x) {
   return _mm256_xor_si256(x, _mm256_set1_epi32(static_cast<int32_t>(bits)));
 }
+struct vtable {
+  vf low, high;
+};
+FASTOPS_INLINE vtable vtable_load(const float* p) { return {vload(p), vload(p + W)}; }
+FASTOPS_INLINE vf vtable_at(const vtable& t, vi index) {
+  const vf low = _mm256_permutevar8x32_ps(t.low, index), high = _mm256_permutevar8x32_ps(t.high, index);
+  return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+}
 // W integers from -127 to 127, rounded to nearest, as bytes.
 FASTOPS_INLINE void vstore_i8(int8_t* p, vf x) {
   const __m256i wide = _mm256_cvtps_epi32(x);

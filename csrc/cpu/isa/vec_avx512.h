@@ -185,6 +185,9 @@ template <uint32_t bits>
 FASTOPS_INLINE vi viflip(vi x) {
   return _mm512_xor_si512(x, _mm512_set1_epi32(static_cast<int32_t>(bits)));
 }
+using vtable = vf;
+FASTOPS_INLINE vtable vtable_load(const float* p) { return vload(p); }
+FASTOPS_INLINE vf vtable_at(const vtable& t, vi index) { return _mm512_permutexvar_ps(index, t); }
 // W integers from -127 to 127, rounded to nearest, as bytes.
 FASTOPS_INLINE void vstore_i8(int8_t* p, vf x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x)));

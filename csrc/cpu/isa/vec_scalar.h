@@ -139,6 +139,14 @@ template <uint32_t bits>
 FASTOPS_INLINE vi viflip(vi x) {
   return x ^ static_cast<int32_t>(bits);
 }
+// Sixteen numbers, and those that the lowest four bits of each lane name.
+struct vtable {
+  const float* number;
+};
+FASTOPS_INLINE vtable vtable_load(const float* p) { return {p}; }
+FASTOPS_INLINE vf vtable_at(const vtable& t, vi index) {
+  return vf{t.number[index[0] & 15], t.number[index[1] & 15], t.number[index[2] & 15], t.number[index[3] & 15]};
+}
 // W integers from -127 to 127, rounded to nearest, as bytes.
 FASTOPS_INLINE void vstore_i8(int8_t* p, vf x) {
   const vf whole = vround(x);

@@ -200,8 +200,8 @@ FASTOPS_API fastops_status fastops_merge_states(const fastops_merge_states_desc*
  * with it as [ceil(N / 16), groups, 16], anything in the places behind feature N. */
 FASTOPS_API fastops_status fastops_int4_pack(const fastops_tensor* codes, const fastops_tensor* packed, char* message);
 /* 2:4 sparse: two of each four neighbouring columns are kept, the others are zero weights. Codes of those kept, in
- * order: uint8 [N, K / 4] as above; kept: uint8 [N, K / 8], four places (0 to 3, the first in the lowest two bits) a byte.
- * Packed: uint8 [ceil(N / 16), K / 8, 16, 3], 3 bits a weight. */
+ * order: uint8 [N, K / 4] as above; kept: uint8 [N, K / 8], four places (0 to 3, the first in the lowest two bits) a
+ * byte. Packed: uint8 [ceil(N / 16), K / 8, 16, 3], 3 bits a weight. */
 FASTOPS_API fastops_status fastops_int4_pack24(const fastops_tensor* codes, const fastops_tensor* kept,
                                                const fastops_tensor* packed, char* message);
 
@@ -237,6 +237,30 @@ FASTOPS_API fastops_status fastops_int4_linear_check(const fastops_int4_linear_d
 FASTOPS_API fastops_status fastops_int4_linear_workspace(const fastops_int4_linear_desc* desc, const fastops_env* env,
                                                          size_t* bytes);
 FASTOPS_API fastops_status fastops_int4_linear(const fastops_int4_linear_desc* desc, fastops_env* env);
+
+/* ---- lut_linear: dense and sparse ---------------------------------------------------------------------------- */
+
+/* out[m,n] = sum_k x[m,k] table[n,code[n,k]] + sum_{i in row n} x[m,columns[i]] values[i] + bias[n]
+ * Codes: uint8 [N, ceil(K / 32), 16]; of 32 neighbouring input features number j stands in the low nibble of byte j,
+ * 16 + j in the high one; anything behind feature K. Row n of the sparse part is row_starts[n] to row_starts[n + 1]. */
+typedef struct fastops_lut_linear_desc {
+  uint32_t struct_size;
+  uint32_t reserved;
+  fastops_tensor x;          /* [M, K] fp32, fp16, bf16 */
+  fastops_tensor out;        /* [M, N] x's dtype, or fp32 */
+  fastops_tensor codes;      /* contiguous */
+  fastops_tensor table;      /* fp32 [N, 16], contiguous */
+  fastops_tensor row_starts; /* optional int32 [N + 1], together with columns and values */
+  fastops_tensor columns;    /* int32 [count], each from 0 to K - 1 */
+  fastops_tensor values;     /* fp32 [count] */
+  fastops_tensor bias;       /* optional fp32 [N] */
+} fastops_lut_linear_desc;
+
+FASTOPS_API fastops_status fastops_lut_linear_check(const fastops_lut_linear_desc* desc, char* message);
+/* Bytes of scratch: at most 256 rows of x in fp32, and 0.1 MiB for each thread. */
+FASTOPS_API fastops_status fastops_lut_linear_workspace(const fastops_lut_linear_desc* desc, const fastops_env* env,
+                                                        size_t* bytes);
+FASTOPS_API fastops_status fastops_lut_linear(const fastops_lut_linear_desc* desc, fastops_env* env);
 
 /* ---- norm: RMS norm and layer norm ---------------------------------------------------------------------------- */
 
