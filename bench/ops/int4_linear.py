@@ -42,20 +42,26 @@ def cases(shapes: list[Shape], dtypes: list[str]) -> list[Case]:
     return plain + forms
 
 
-FORMS = {"2:4": {"sparsity": "2:4"}, "per input": {"dim": "input"}}
+FORMS = ("2:4", "per input")
 
 
 def _form(n: int, k: int, m: int, mode: str, form: str) -> Case:
-    """A 2:4 sparse weight, or one with groups of outputs, beside a plain one of 4 bits and torch's dense product."""
+    """A 2:4 sparse weight, or one with groups of outputs, beside the same as a plain one and torch's dense product."""
     bits = 3.0 if form == "2:4" else 4.0
 
     def make() -> Any:
         w = torch.randn(n, k) / k**0.5
-        group = GROUP if n % GROUP == 0 else n
-        weights = [fastops.int4.quantize(w, group, **options) for options in (FORMS[form], {})]
+        parts = fastops.int4.quantize(w, GROUP, sparsity="2:4" if form == "2:4" else None).state_dict()
+        if form == "2:4":
+            codes = fastops.int4.spread24(fastops.int4.unpack_pairs(parts["codes"]), parts["kept"])
+            plain = {"codes": fastops.int4.pack_pairs(codes), "scales": parts["scales"]}
+        else:  # scales of one, so that the results can be compared
+            plain = dict(parts)
+            parts["column_scales"] = torch.ones(n // GROUP or 1, k)
+        weights = [fastops.Int4Weight.from_state_dict(each) for each in (parts, plain)]
         for each in weights:
             each.packed()
-        return torch.randn(m, k), *weights, w
+        return torch.randn(m, k), *weights, weights[0].dequantize()
 
     run = {
         "fastops": lambda x: fastops.int4_linear(x[0], x[1], activations=mode),
