@@ -152,6 +152,7 @@ class Library:
         scratch = None  # kept until the launch: the stream's allocator reuses it only behind the kernel
         if self.emulated:
             env.seed = int(os.environ.get("FASTOPS_EMULATOR_SEED", "0"))
+            env.arch = int(os.environ.get("FASTOPS_EMULATOR_ARCH", "80"))
         else:
             env.stream = torch.cuda.current_stream(like.device).cuda_stream
         if workspace:

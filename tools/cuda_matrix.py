@@ -23,9 +23,17 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 ALL = ("80", "86", "89", "90a", "100", "120")
-# pattern of a kernel's symbol -> instructions that must stand in its SASS
+# pattern of an architecture and a kernel's symbol -> instructions that must stand in its SASS
 PROMISES = {
     "attention_sm80": ("HMMA.16816.F32", "LDSM.16.M88.4", "LDSM.16.MT88.4", "LDGSTS.E.BYPASS.128", "MUFU.EX2"),
+    "90a.*attention_sm90": (
+        "HGMMA.64x128x16.F32",
+        "UTMALDG.4D",
+        "SYNCS.PHASECHK",
+        "USETMAXREG",
+        "LDGSTS.E.BYPASS.128",
+        "MUFU.EX2",
+    ),
     "int4_gemm": ("HMMA.16816.F32", "LDGSTS.E.BYPASS.128", "LOP3.LUT", "PRMT"),
     "norm_rows.*ELi[48]E": ("LDG.E.NA.128", "STG.E.128"),  # the kernels for aligned rows
     "gated_rows.*ELi[48]E": ("LDG.E.NA.128", "STG.E.128"),
@@ -50,8 +58,8 @@ def sources() -> list[Path]:
     return sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
 
 
-def promised(symbol: str) -> tuple[str, ...]:
-    return next((p for pattern, p in PROMISES.items() if re.search(pattern, symbol)), ())
+def promised(arch: str, symbol: str) -> tuple[str, ...]:
+    return next((p for pattern, p in PROMISES.items() if re.search(pattern, f"{arch} {symbol}")), ())
 
 
 def compile_one(source: Path, arch: str, folder: Path) -> dict[str, Any]:
@@ -68,6 +76,9 @@ def compile_one(source: Path, arch: str, folder: Path) -> dict[str, Any]:
     if ran.returncode:
         raise RuntimeError(f"{source.name} for sm_{arch}: {ran.stderr[-2000:]}")
     seconds = time.perf_counter() - begin
+    serial = re.search(r"\(C75\d\d\).*", ran.stderr)  # products of warp groups that would wait for one another
+    if serial:
+        raise RuntimeError(f"{source.name} for sm_{arch}: {serial[0]}")
     kernels = []
     for part in ran.stderr.split("Compiling entry function '")[1:]:
         spills = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part)
@@ -89,7 +100,7 @@ def compile_one(source: Path, arch: str, folder: Path) -> dict[str, Any]:
         bodies = {b.split("\n", 1)[0].strip(): b for b in sass.split("Function : ")[1:]}
         for kernel in kernels:
             body = bodies.get(kernel["kernel"], "")
-            kernel["missing"] = [i for i in promised(kernel["kernel"]) if i not in body]
+            kernel["missing"] = [i for i in promised(arch, kernel["kernel"]) if i not in body]
     return found
 
 

@@ -1,4 +1,5 @@
-"""lut_linear at a layer of Llama 3 8B, 0.45 % sparse, against our own 4-bit product (one group a row) and torch's dense one."""
+"""lut_linear at a layer of Llama 3 8B, 0.45 % sparse, against our own 4-bit product (one group a row) and torch's dense
+one."""
 
 from __future__ import annotations
 

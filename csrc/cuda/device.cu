@@ -1,4 +1,6 @@
 // What this library is, and what the device is.
+#include <cstring>
+
 #include "cuda/launch.h"
 
 #ifndef FASTOPS_CUDA_ARCHS
@@ -13,7 +15,7 @@ fastops_status device_of(fastops_cuda_env* env, Device* device) {
                 sizeof(fastops_cuda_env));
     return FASTOPS_ERR_VALUE;
   }
-  *device = {env->arch, env->sm_count};
+  *device = {env->arch, env->sm_count, false};
 #if defined(__CUDACC__)
   int id = 0, major = 0, minor = 0;
   cudaError_t error = cudaSuccess;
@@ -34,6 +36,10 @@ fastops_status device_of(fastops_cuda_env* env, Device* device) {
 #else
   if (device->arch == 0) device->arch = 80;
   if (device->sm_count == 0) device->sm_count = 4;
+#endif
+  device->sm90a = device->arch == 90;
+#if defined(__CUDACC__)
+  device->sm90a = device->sm90a && std::strstr(FASTOPS_CUDA_ARCHS, "90a") != nullptr;
 #endif
   if (device->arch < 80) {
     set_message(env->message, "the device has compute capability %d.%d, the kernels need 8.0", device->arch / 10,

@@ -22,6 +22,7 @@ struct Grid {
 // What heuristics may know of a device.
 struct Device {
   int arch, sm_count;
+  bool sm90a;  // compute capability 9.0, and this library holds code for it
 };
 fastops_status device_of(fastops_cuda_env* env, Device* device);
 

@@ -12,6 +12,7 @@
 #include "cuda/arch/arch.h"
 #include "cuda/launch.h"
 #include "cuda/layout/tile.h"
+#include "cuda/tensor_map.h"
 
 using namespace fastops;
 using namespace fastops::cuda;
@@ -261,6 +262,8 @@ void test_swizzle() {
   check_swizzle<256>();
 }
 
+#include "emulator_test_sm90.h"
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -268,7 +271,9 @@ int main(int argc, char** argv) {
       {"ldmatrix", test_ldmatrix},    {"mma", test_mma},
       {"shuffle", test_shuffle},      {"cp_async", test_cp_async},
       {"wrong", test_wrong_programs}, {"races", test_races_show},
-      {"swizzle", test_swizzle},
+      {"swizzle", test_swizzle},      {"tma", test_tma},
+      {"wgmma", test_wgmma},          {"fence", test_fence},
+      {"named", test_named},          {"columns64", test_columns64},
   };
   if (argc < 2) {
     for (const auto& t : tests) std::printf("%s\n", t.first.c_str());

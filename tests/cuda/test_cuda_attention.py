@@ -124,6 +124,86 @@ def test_split_decode(run):
     assert_matches(wide, exact[0], same[0], what="fp32 out")
 
 
+@contextmanager
+def hopper():
+    """The emulator as a device of compute capability 9.0."""
+    os.environ["FASTOPS_EMULATOR_ARCH"] = "90"
+    try:
+        yield
+        assert _cuda.library(True).variant == "sm90a"
+    finally:
+        del os.environ["FASTOPS_EMULATOR_ARCH"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("sq", "sk", "hkv", "d", "dv"),
+    [(200, 400, 6, 64, 64), (65, 129, 3, 128, 128), (40, 300, 2, 72, 104), (130, 1, 6, 8, 128)],
+)
+@pytest.mark.parametrize("options", OPTIONS, ids=range(len(OPTIONS)))
+def test_dense_on_hopper(dtype, sq, sk, hkv, d, dv, options):
+    q, k, v = (torch.randn(2, s, h, n).to(dtype) for s, h, n in ((sq, 6, d), (sk, hkv, d), (sk, hkv, dv)))
+    with hopper(), torch.no_grad(), fastops.override(attention="cuda-emulated"):
+        got = fastops.attention(q, k, v, return_lse=True, **options)
+    close(got, attend(q.double(), k.double(), v.double(), **options), attend(q, k, v, **options), str(options))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_varlen_and_paged_on_hopper(dtype):
+    q, k, v = (torch.randn(n, h, 64).to(dtype) for n, h in ((200, 4), (500, 2), (500, 2)))
+    cu_q = torch.tensor([0, 3, 3, 150, 190], dtype=torch.int32)  # ten rows belong to no one
+    cu_k = torch.tensor([0, 90, 100, 400, 500], dtype=torch.int32)
+    k[400:], v[400:] = torch.nan, torch.nan  # the last sequence must not show in the others' tails
+    with hopper(), torch.no_grad(), fastops.override(attention_varlen="cuda-emulated"):
+        got = fastops.attention_varlen(q, k, v, cu_q, cu_k, causal=True, return_lse=True)
+    exact = attend_varlen(q.double(), k.double(), v.double(), cu_q, cu_k, causal=True)
+    same = attend_varlen(q, k, v, cu_q, cu_k, causal=True)
+    assert bool(torch.isnan(got[0][150:190]).all())
+    rest = [i for i in range(200) if not 150 <= i < 190]
+    close(*((out[rest], lse[:, rest]) for out, lse in (got, exact, same)), "varlen")
+
+    lens, queries, page = [300, 120, 0, 131], [100, 1, 0, 40], 16
+    need = [-(-n // page) for n in lens]
+    table = torch.full((len(lens), max(need)), -5, dtype=torch.int32)
+    order = torch.randperm(sum(need))
+    for i, n in enumerate(need):
+        table[i, :n] = order[sum(need[:i]) : sum(need[:i]) + n].int()
+    k, v = (torch.randn(sum(need), page, 2, 128).to(dtype) for _ in range(2))
+    q = torch.randn(sum(queries), 4, 128).to(dtype)
+    cu = torch.tensor([0, *queries], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    index = (table, torch.tensor(lens, dtype=torch.int32), cu)
+    with hopper(), torch.no_grad(), fastops.override(attention_paged="cuda-emulated"):
+        got = fastops.attention_paged(q, k, v, *index, causal=True, return_lse=True)
+        exact = attend_paged(q.double(), k.double(), v.double(), *index, causal=True)
+        close(got, exact, attend_paged(q, k, v, *index, causal=True), "paged")
+        table[0, 3] = 9999
+        broken = fastops.attention_paged(q, k, v, *index, causal=True)
+    assert bool(torch.isnan(broken[:100]).all())
+    assert torch.equal(broken[100:], got[0][100:])
+
+
+def test_hopper_orders_splits_and_guard_pages():
+    """Any order of warps and of landings gives the same bits; keys are split; nothing outside the tensors is touched."""
+    q, k, v = (torch.randn(1, s, 2, 64).half() for s in (70, 1500, 1500))
+    results = []
+    for n in range(6):
+        with hopper(), seed(n), torch.no_grad(), fastops.override(attention="cuda-emulated"):
+            results.append(fastops.attention(q, k, v, causal=True, return_lse=True))
+    for out, lse in results[1:]:
+        assert torch.equal(out, results[0][0])
+        assert torch.equal(lse, results[0][1])
+    exact = attend(q.double(), k.double(), v.double(), causal=True)
+    close(results[0], exact, attend(q, k, v, causal=True), "split")
+    for end in (True, False):
+        for d in (8, 72, 128):
+            q, k, v = (guarded(torch.randn(1, s, 2, d).half(), end) for s in (80, 133, 133))
+            with hopper(), torch.no_grad(), fastops.override(attention="cuda-emulated"):
+                fastops.attention(q, k, v, causal=True, out=guarded(torch.empty_like(q), end))
+            cu_q, cu_k = torch.tensor([0, 80]).int(), torch.tensor([0, 133]).int()
+            with hopper(), torch.no_grad(), fastops.override(attention_varlen="cuda-emulated"):
+                fastops.attention_varlen(q[0], k[0], v[0], cu_q, cu_k, out=guarded(torch.empty_like(q[0]), end))
+
+
 def test_nothing_seen(run):
     q, k = torch.randn(1, 5, 2, 64).half(), torch.randn(1, 3, 2, 64).half()
     out, lse = run("attention", q, k, k, causal=True, return_lse=True)  # the first two rows see no key
@@ -203,17 +283,26 @@ def test_splits_fill_the_device(tmp_path):
 #include <cstdlib>
 #include "cuda/attention/attention_config.h"
 int main(int, char** a) {
-  std::printf("%lld", static_cast<long long>(fastops::cuda::attention_splits(atoll(a[1]), atoll(a[2]), atoi(a[3]), atoi(a[4]))));
+  const int arch = atoi(a[1]), dim = atoi(a[4]);
+  const auto tile = fastops::cuda::attention_tile(arch == 90, dim, atoll(a[6]));
+  std::printf("%d %lld", tile.hopper, static_cast<long long>(fastops::cuda::attention_splits(atoll(a[2]), atoll(a[3]), tile, atoi(a[5]))));
 }"""
     source, program = tmp_path / "splits.cpp", tmp_path / "splits"
     source.write_text(code)
     subprocess.run([compiler, "-std=c++17", f"-I{root}/csrc", source, "-o", program], check=True)
 
-    def splits(*args):
-        return int(subprocess.run([program, *map(str, args)], capture_output=True, text=True).stdout)
+    def splits(*args, arch=80, rows=4):
+        ran = subprocess.run([program, *map(str, (arch, *args, rows))], capture_output=True, text=True).stdout
+        hopper, count = map(int, ran.split())
+        assert hopper == (arch == 90 and args[2] <= 128 and rows > 64)
+        return count
 
     assert splits(8, 8192, 128, 132) == 32  # one sequence of Llama 3 8B on an H200: 256 blocks for 264 places
     assert splits(64, 8192, 128, 132) == 4
     assert splits(256, 8192, 128, 132) == 1  # enough blocks without
     assert splits(8, 300, 128, 132) == 2  # at least four tiles of keys each
     assert splits(0, 8192, 128, 132) == 1
+    assert splits(8, 8192, 128, 132, arch=90) == 32  # decoding stays with the kernel for few rows
+    assert splits(8, 8192, 128, 132, arch=90, rows=512) == 16  # a block of the other fills its multiprocessor
+    assert splits(8, 8192, 256, 132, arch=90, rows=512) == 16  # head size 256 has no kernel of its own there
+    assert splits(8, 8192, 128, 132, arch=120, rows=512) == 32

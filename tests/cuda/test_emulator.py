@@ -9,7 +9,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 CXX = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
-NAMES = ("cp_async", "ldmatrix", "mma", "races", "shuffle", "swizzle", "wrong")
+NAMES = (
+    "columns64", "cp_async", "fence", "ldmatrix", "mma", "named", "races", "shuffle", "swizzle", "tma", "wgmma", "wrong",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -18,10 +20,10 @@ def program(tmp_path_factory):
     csrc = ROOT / "csrc"
     sources = [
         Path(__file__).with_name("emulator_test.cpp"), csrc / "cuda/emulator/block.cpp",
-        csrc / "cuda/emulator/fiber.cpp", csrc / "core/status.cpp",
+        csrc / "cuda/emulator/async.cpp", csrc / "cuda/emulator/fiber.cpp", csrc / "core/status.cpp",
     ]  # fmt: skip
-    command = [CXX, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-I{csrc}",
-               f"-I{csrc}/include", *map(str, sources), "-o", str(out)]  # fmt: skip
+    command = [CXX, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-psabi", f"-I{csrc}",
+               f"-I{csrc}/include", "-x", "c++", *map(str, sources), str(csrc / "cuda/tensor_map.cu"), "-o", str(out)]  # fmt: skip
     built = subprocess.run(command, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     return out

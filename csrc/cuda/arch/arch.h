@@ -9,11 +9,19 @@
 
 #include "core/dtype.h"
 
+namespace fastops::cuda {
+// A tensor as the copy engine knows it (cuda/tensor_map.h makes one); a kernel's argument.
+struct alignas(64) TensorMap {
+  unsigned char bytes[128];
+};
+}  // namespace fastops::cuda
+
 #if defined(__CUDACC__)
 #define FASTOPS_DEVICE __device__ __forceinline__
 #define FASTOPS_HOST_DEVICE __host__ __device__ __forceinline__
 #define FASTOPS_KERNEL(threads, blocks_per_sm) __global__ void __launch_bounds__(threads, blocks_per_sm)
 #define FASTOPS_UNROLL _Pragma("unroll")
+#define FASTOPS_ARGUMENT __grid_constant__ const  // of a kernel, whose address is taken
 #define FASTOPS_UNROLL_BY(n) FASTOPS_PRAGMA(unroll n)
 #define FASTOPS_PRAGMA(x) _Pragma(#x)
 #include "cuda/arch/cp_async.cuh"
@@ -22,11 +30,16 @@
 #include "cuda/arch/memory.cuh"
 #include "cuda/arch/mma.cuh"
 #include "cuda/arch/thread.cuh"
+#include "cuda/arch/mbarrier.cuh"
+#include "cuda/arch/tma.cuh"
+#include "cuda/arch/wgmma.cuh"
 #else
 #define FASTOPS_DEVICE inline
 #define FASTOPS_HOST_DEVICE inline
 #define FASTOPS_KERNEL(threads, blocks_per_sm) void
 #define FASTOPS_UNROLL _Pragma("GCC unroll 64")
+#define FASTOPS_ARGUMENT const
 #define FASTOPS_UNROLL_BY(n)
 #include "cuda/emulator/vocabulary.h"
+#include "cuda/emulator/vocabulary_sm90.h"
 #endif

@@ -15,10 +15,12 @@ __device__ __forceinline__ int warp_index() { return static_cast<int>(threadIdx.
 __device__ __forceinline__ void block_sync() { __syncthreads(); }
 __device__ __forceinline__ void warp_sync() { __syncwarp(); }
 __device__ __forceinline__ float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+// A number all lanes of a warp have, known to be so by the compiler from here on.
+__device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 __device__ __forceinline__ float shuffle(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 
 __device__ __forceinline__ char* dynamic_shared() {
-  extern __shared__ __align__(128) char fastops_dynamic_shared[];
+  extern __shared__ __align__(1024) char fastops_dynamic_shared[];
   return fastops_dynamic_shared;
 }
 

@@ -1,7 +1,9 @@
 // The attention C API on a GPU: checks, the choice of kernel and splits, the launches.
 #include "core/attention_check.h"
 #include "cuda/attention/attention_sm80.cuh"
+#include "cuda/attention/attention_sm90.cuh"
 #include "cuda/launch.h"
+#include "cuda/tensor_map.h"
 
 namespace fastops::cuda {
 namespace {
@@ -27,7 +29,7 @@ struct Plan {
   AttentionArgs a{};
   Device device{};
   int dim = 0;
-  int64_t blocks = 0;  // of rows
+  AttentionTile tile{};
   size_t partial = 0, bytes = 0;
 };
 
@@ -46,10 +48,11 @@ fastops_status plan_of(const fastops_attention_desc& d, fastops_cuda_env* env, P
   const int64_t queries = p.cu_q ? p.q_rows : p.paged ? p.queries_per_seq : p.Sq;
   const int64_t keys = p.paged ? p.max_pages << p.page_shift : p.ragged ? p.k_rows : p.Sk;
   plan->a.rows = queries * p.G;
-  plan->blocks = (plan->a.rows + kAttentionRows - 1) / kAttentionRows;
-  const int64_t per_key = p.cu_q ? p.B * p.Hkv : plan->blocks * p.Hkv * p.B;
-  const int tile = attention_keys(plan->dim);
-  plan->a.splits = attention_splits(per_key, keys, plan->dim, plan->device.sm_count);
+  plan->tile = attention_tile(plan->device.sm90a, plan->dim, plan->a.rows);
+  plan->a.blocks = (plan->a.rows + plan->tile.rows - 1) / plan->tile.rows;
+  const int64_t per_key = p.cu_q ? p.B * p.Hkv : plan->a.blocks * p.Hkv * p.B;
+  const int tile = plan->tile.keys;
+  plan->a.splits = attention_splits(per_key, keys, plan->tile, plan->device.sm_count);
   const int64_t split = (keys + plan->a.splits - 1) / plan->a.splits;
   plan->a.split_keys = (split + tile - 1) / tile * tile;
   if (plan->a.splits > 1) {
@@ -60,11 +63,34 @@ fastops_status plan_of(const fastops_attention_desc& d, fastops_cuda_env* env, P
   return FASTOPS_OK;
 }
 
+// Keys or values as the copy engine sees them: [B or 1][Hkv][keys][D].
+bool keys_map(const AttentionParams& p, const char* data, int dim, int64_t sb, int64_t ss, int64_t sh, TensorMap* map) {
+  const auto step = [](int64_t size, int64_t stride) { return size > 1 ? stride : int64_t{8}; };
+  const int64_t keys = p.ragged ? p.k_rows : p.Sk, batch = p.ragged ? 1 : p.B;
+  return tensor_map({data, {dim, keys, p.Hkv, batch}, {step(keys, ss), step(p.Hkv, sh), step(batch, sb)}, kHopperKeys},
+                    map);
+}
+
+template <class T, int kDim, class Keys>
+fastops_status run_hopper(const Plan& plan, fastops_cuda_env* env) {
+  if constexpr (kDim <= 128) {
+    const AttentionParams& p = plan.a.p;
+    HopperArgs args{plan.a, {}, {}, false};
+    args.tma = !p.paged && keys_map(p, p.k, p.D, p.k_sb, p.k_ss, p.k_sh, &args.k) &&
+               keys_map(p, p.v, p.Dv, p.v_sb, p.v_ss, p.v_sh, &args.v);
+    return launch<attention_sm90<T, kDim, Keys>>(
+        {plan.a.blocks, p.Hkv, p.B * plan.a.splits, kHopperThreads, hopper_shared(kDim)}, env, args);
+  } else {
+    return FASTOPS_ERR_INTERNAL;
+  }
+}
+
 template <class T, int kDim, class Keys>
 fastops_status run(const Plan& plan, fastops_cuda_env* env) {
   const AttentionArgs& a = plan.a;
-  const Grid grid{plan.blocks, a.p.Hkv, a.p.B * a.splits, kAttentionThreads, attention_shared(kDim)};
-  fastops_status status = launch<attention_sm80<T, kDim, Keys>>(grid, env, a);
+  const Grid grid{a.blocks, a.p.Hkv, a.p.B * a.splits, kAttentionThreads, attention_shared(kDim)};
+  fastops_status status =
+      plan.tile.hopper ? run_hopper<T, kDim, Keys>(plan, env) : launch<attention_sm80<T, kDim, Keys>>(grid, env, a);
   constexpr int kWarps = kAttentionThreads / 32;
   if (status == FASTOPS_OK && a.splits > 1)
     status = launch<attention_merge<T>>({(a.rows + kWarps - 1) / kWarps, a.p.Hkv, a.p.B, kAttentionThreads, 0}, env, a);
@@ -111,7 +137,7 @@ extern "C" fastops_status fastops_cuda_attention_fwd(const fastops_attention_des
     plan.a.partial_out = static_cast<float*>(env->workspace);
     plan.a.partial_lse = reinterpret_cast<float*>(static_cast<char*>(env->workspace) + plan.partial);
   }
-  env->variant = "sm80";
+  env->variant = plan.tile.hopper ? "sm90a" : "sm80";
   if (plan.a.p.B == 0 || plan.a.p.Hq == 0 || plan.a.rows == 0) return FASTOPS_OK;
   return plan.a.p.dtype == FASTOPS_F16 ? run_keys<f16>(plan, env) : run_keys<bf16>(plan, env);
 }

@@ -21,12 +21,28 @@ FASTOPS_SHARED constexpr size_t attention_shared(int dim) {
 // Registers allow so many blocks on a multiprocessor at once.
 FASTOPS_SHARED constexpr int attention_blocks_per_sm(int dim) { return dim <= 64 ? 3 : dim <= 128 ? 2 : 1; }
 
+// The kernel for sm_90a: one warp group fetches, two multiply 64 rows each.
+constexpr int kHopperThreads = 384, kHopperRows = 128, kHopperKeys = 128, kHopperStages = 2;
+FASTOPS_SHARED constexpr size_t hopper_shared(int dim) {
+  return static_cast<size_t>(kHopperRows + 2 * kHopperStages * kHopperKeys) * static_cast<size_t>(dim) * 2 + 1024;
+}
+
+// Which kernel, and its tiles. Few rows (decoding) leave the second group of a Hopper block without work.
+struct AttentionTile {
+  bool hopper;
+  int rows, keys, blocks_per_sm;
+};
+inline AttentionTile attention_tile(bool sm90a, int dim, int64_t rows) {
+  if (sm90a && dim <= 128 && rows > kAttentionRows) return {true, kHopperRows, kHopperKeys, 1};
+  return {false, kAttentionRows, attention_keys(dim), attention_blocks_per_sm(dim)};
+}
+
 // Parts the keys of a sequence are split into, so that a few long sequences fill the device: enough blocks for each
 // multiprocessor once, at least four tiles of keys each, at most 32.
-inline int64_t attention_splits(int64_t blocks, int64_t keys, int dim, int sm_count) {
-  const int64_t slots = static_cast<int64_t>(sm_count) * attention_blocks_per_sm(dim);
+inline int64_t attention_splits(int64_t blocks, int64_t keys, const AttentionTile& tile, int sm_count) {
+  const int64_t slots = static_cast<int64_t>(sm_count) * tile.blocks_per_sm;
   if (blocks <= 0 || blocks * 2 > slots) return 1;
-  const int64_t least = 4 * attention_keys(dim);
+  const int64_t least = 4 * tile.keys;
   int64_t splits = slots / blocks;
   if (splits > (keys + least - 1) / least) splits = (keys + least - 1) / least;
   return splits < 1 ? 1 : splits > 32 ? 32 : splits;

@@ -64,13 +64,17 @@ std::string Block::places() const {
 }
 
 void Block::fail(const std::string& why) {
+  give_up(why);
+  for (;;) Fiber::suspend();  // the block is given up; nobody resumes this thread
+}
+
+void Block::give_up(const std::string& why) {
   if (!failed_) {
     failed_ = true;
     message_ = why + ", in block (" + std::to_string(index_.x) + ", " + std::to_string(index_.y) + ", " +
                std::to_string(index_.z) + ") of (" + std::to_string(grid_.x) + ", " + std::to_string(grid_.y) + ", " +
                std::to_string(grid_.z) + ")" + places();
   }
-  for (;;) Fiber::suspend();  // the block is given up; nobody resumes this thread
 }
 
 bool Block::run(int threads, size_t shared_bytes, Dim3 index, Dim3 grid, uint64_t seed, void (*body)(void*),
@@ -84,12 +88,14 @@ bool Block::run(int threads, size_t shared_bytes, Dim3 index, Dim3 grid, uint64_
   body_ = body;
   arg_ = arg;
   reserve_shared(shared_bytes);
+  async_.reset(shared_, shared_bytes, (threads + kWarp - 1) / kWarp);
   while (pool_.size() < static_cast<size_t>(threads)) pool_.push_back(new Thread);
   for (int i = 0; i < threads; ++i) {
     Thread& t = *pool_[static_cast<size_t>(i)];
     t.index = i;
     t.place = Place{};
     t.perform = nullptr;
+    t.ready = nullptr;
     t.args = nullptr;
     t.open.clear();
     t.groups.clear();
@@ -109,21 +115,30 @@ bool Block::run(int threads, size_t shared_bytes, Dim3 index, Dim3 grid, uint64_
   const int warps = (threads + kWarp - 1) / kWarp;
   std::mt19937_64 random(seed * 0x9e3779b97f4a7c15ull +
                          static_cast<uint64_t>(index.x + 7919 * index.y + 104729 * index.z));
-  enum { kReady, kBarrier, kEnded };
+  enum { kReady, kBarrier, kBlocked, kEnded };
   std::vector<int> state(static_cast<size_t>(warps), kReady);
   std::vector<int> ready;
   while (!failed_) {
     ready.clear();
     for (int w = 0; w < warps; ++w)
-      if (state[static_cast<size_t>(w)] == kReady) ready.push_back(w);
+      if (state[static_cast<size_t>(w)] == kReady || (state[static_cast<size_t>(w)] == kBlocked && can_go_on(w)))
+        ready.push_back(w);
     if (ready.empty()) {
-      bool any = false, all = true;
+      bool ended = true;
+      for (int s : state) ended = ended && s == kEnded;
+      if (ended) break;
+      std::string wrong;
+      if (async_.deliver(random(), &wrong)) {  // nobody could go on without it
+        if (!wrong.empty()) give_up(wrong);
+        continue;
+      }
+      bool any = false, blocked = false;
       for (int s : state) {
         any = any || s == kBarrier;
-        all = all && s == kEnded;
+        blocked = blocked || s == kBlocked;
       }
-      if (all) break;
-      if (!any) break;
+      if (blocked) give_up("deadlock: every warp waits");
+      if (blocked || !any) break;
       for (int& s : state)  // every thread that has not ended stands at the barrier
         if (s == kBarrier) s = kReady;
       continue;
@@ -141,20 +156,29 @@ bool Block::run(int threads, size_t shared_bytes, Dim3 index, Dim3 grid, uint64_
         continue;
       }
       if (lead == nullptr) lead = &t;
-      together = together && t.place.same(lead->place) && t.perform == lead->perform;
+      together = together && t.place.same(lead->place) && t.perform == lead->perform && t.ready == lead->ready &&
+                 t.on == lead->on && t.value == lead->value;
     }
     if (ended == end - first) {
       state[static_cast<size_t>(w)] = kEnded;
     } else if (!together || (lead->perform != nullptr && ended > 0)) {
       failed_ = true;
       message_ = "lanes of warp " + std::to_string(w) + " do not meet" + places();
+    } else if (lead->ready != nullptr) {
+      state[static_cast<size_t>(w)] = kBlocked;
     } else if (lead->perform == nullptr) {
       state[static_cast<size_t>(w)] = kBarrier;
     } else {
+      state[static_cast<size_t>(w)] = kReady;
+      warp_ = w;
       void* args[kWarp] = {};
       for (int i = first; i < end; ++i) args[i - first] = pool_[static_cast<size_t>(i)]->args;
       lead->perform(args);
     }
+  }
+  if (!failed_) {
+    const std::string left = async_.leftover();
+    if (!left.empty()) give_up(left);
   }
   t_block = before;
   return !failed_;
@@ -173,9 +197,33 @@ bool Block::run_warp(int warp) {
   return true;
 }
 
+// Every lane of a blocked warp may.
+bool Block::can_go_on(int warp) {
+  const int first = warp * kWarp, end = first + kWarp < threads_ ? first + kWarp : threads_;
+  for (int i = first; i < end; ++i) {
+    const Thread& t = *pool_[static_cast<size_t>(i)];
+    if (!t.fiber.done() && !t.ready(*this, t.on, t.value)) return false;
+  }
+  return true;
+}
+
+void Block::wait_until(Place place, const void* on, uint32_t value, Ready ready) {
+  Thread& t = me();
+  t.place = place;
+  t.perform = nullptr;
+  t.ready = ready;
+  t.on = on;
+  t.value = value;
+  Fiber::suspend();
+  running_ = &t;
+}
+
 void Block::meet_warp(Place place, void* args, void (*perform)(void** args)) {
   Thread& t = me();
   t.place = place;
+  t.ready = nullptr;
+  t.on = nullptr;
+  t.value = 0;
   t.args = args;
   t.perform = perform;
   Fiber::suspend();
@@ -218,6 +266,7 @@ void Block::wait(size_t newest) {
       } else {
         std::memset(c.to, 0, 16);
       }
+      async_.written(c.to, me().index);
     }
     groups.erase(groups.begin());
   }

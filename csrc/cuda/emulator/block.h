@@ -5,13 +5,14 @@
 //   - shared memory begins as NaN patterns, and a cp.async makes its destination one until the wait that covers it;
 //   - copies land only at that wait, in the thread that waits: others need a barrier to see them;
 //   - lanes of a warp that meet at different places, a warp that ends while others wait for it, copies nobody waited
-//   for and
-//     addresses outside shared memory are errors, and each names where every warp stands.
+//     for, addresses outside shared memory and deadlocks are errors, and each names where every warp stands.
+// What sm_90 adds (async.h) keeps the same promises.
 #pragma once
 #include <cstdint>
 #include <string>
 #include <vector>
 
+#include "cuda/emulator/async.h"
 #include "cuda/emulator/fiber.h"
 
 namespace fastops::emulator {
@@ -36,14 +37,20 @@ struct Copy {
   const char* from;  // nullptr: zeros
 };
 
+class Block;
+using Ready = bool (*)(Block& block, const void* on, uint32_t value);
+
 struct Thread {
   Fiber fiber;
   int index = 0;
   Place place;
   void* args = nullptr;                    // of the collective it waits at
   void (*perform)(void** args) = nullptr;  // what the whole warp then does; nullptr: a barrier of the block
-  std::vector<Copy> open;                  // copies of the group being gathered
-  std::vector<std::vector<Copy>> groups;   // committed, oldest first
+  Ready ready = nullptr;                   // when it may go on, where it waits for neither
+  const void* on = nullptr;
+  uint32_t value = 0;
+  std::vector<Copy> open;                 // copies of the group being gathered
+  std::vector<std::vector<Copy>> groups;  // committed, oldest first
 };
 
 class Block {
@@ -61,17 +68,22 @@ class Block {
   char* shared() { return shared_; }
   void meet_warp(Place place, void* args, void (*perform)(void** args));
   void meet_block(Place place);
+  void wait_until(Place place, const void* on, uint32_t value, Ready ready);
+  Async& async() { return async_; }
+  int warp() const { return warp_; }  // the one that performs a collective
   void check_shared(const void* at, size_t bytes, size_t align, Place place);
   void copy(char* to, const char* from, Place place);
   void commit();
   void wait(size_t newest);
   [[noreturn]] void fail(const std::string& why);
+  void give_up(const std::string& why);  // from within a collective
 
   ~Block();
 
  private:
   void reserve_shared(size_t bytes);
   bool run_warp(int warp);
+  bool can_go_on(int warp);
   std::string places() const;
 
   std::vector<Thread*> pool_;
@@ -81,6 +93,8 @@ class Block {
   size_t shared_bytes_ = 0, mapped_ = 0;
   char* map_ = nullptr;
   Thread* running_ = nullptr;
+  Async async_;
+  int warp_ = 0;
   void (*body_)(void*) = nullptr;
   void* arg_ = nullptr;
   bool failed_ = false;

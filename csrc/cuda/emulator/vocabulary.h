@@ -47,6 +47,8 @@ inline float shuffle_xor(float x, int mask, FASTOPS_PLACE) {
 }
 inline float shuffle(float x, int lane, FASTOPS_PLACE) { return shuffle_from({x, x, lane}, {"shuffle", file, line}); }
 
+inline int uniform(int x) { return x; }
+
 // ---- cp_async
 // --------------------------------------------------------------------------------------------------------
 inline void cp_async16(void* shared, const void* global, bool valid, FASTOPS_PLACE) {

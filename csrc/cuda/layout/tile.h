@@ -18,6 +18,17 @@ struct Swizzled {
   }
 };
 
+// Columns of 64 elements one behind the other, each kRows rows of 128 bytes, chunks exchanged by the row's number: what
+// the copy engine writes and wgmma reads (both know the exchange as "128-byte swizzle"; a column begins at a multiple
+// of 1024).
+template <int kRows>
+struct Columns64 {
+  static_assert(kRows % 8 == 0, "the exchange repeats after eight rows");
+  FASTOPS_HOST_DEVICE static constexpr int at(int row, int chunk) {
+    return chunk / 8 * kRows * 64 + row * 64 + ((chunk ^ row) & 7) * kChunk;
+  }
+};
+
 // Row and chunk of the 16 bytes whose address a lane gives to ldmatrix_x4.
 struct FragmentA {  // 16 rows by 16 columns: registers in mma's order of a
   FASTOPS_HOST_DEVICE static constexpr int row(int lane) { return lane & 15; }
