@@ -12,7 +12,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,13 @@ class _Attention(ctypes.Structure):
     )  # fmt: skip
 
 
+class _AttentionBackward(ctypes.Structure):
+    _fields_ = (
+        ("struct_size", ctypes.c_uint32), ("reserved", ctypes.c_int32), ("fwd", _Attention),
+        *((n, _Tensor) for n in ("dout", "dlse", "dq", "dk", "dv", "dsinks")),
+    )  # fmt: skip
+
+
 class _Norm(ctypes.Structure):
     _fields_ = (
         ("struct_size", ctypes.c_uint32), ("layer", ctypes.c_int32),
@@ -99,6 +106,17 @@ class _Int4Linear(ctypes.Structure):
         ("struct_size", ctypes.c_uint32), ("int8", ctypes.c_int32),
         *((n, _Tensor) for n in ("x", "out", "codes", "scales", "zeros", "mins", "perm", "bias")),
         ("eight", ctypes.c_int32), ("column_scales", _Tensor), ("column_zeros", _Tensor),
+    )  # fmt: skip
+
+
+def _describe(
+    q: Tensor, causal: bool, scale: float | None, left: int, right: int, softcap: float, top_left: bool
+) -> _Attention:
+    """The numbers of an attention call."""
+    return _Attention(
+        struct_size=ctypes.sizeof(_Attention), align=int(top_left), softcap=softcap, window_left=left,
+        window_right=0 if causal else right,
+        scale=1.0 / math.sqrt(max(q.shape[-1], 1)) if scale is None else scale,
     )  # fmt: skip
 
 
@@ -198,13 +216,38 @@ class Library:
         if lse is None and return_lse:
             shape = (q.shape[0], q.shape[2], q.shape[1]) if q.dim() == 4 else (q.shape[1], q.shape[0])
             lse = q.new_empty(shape, dtype=torch.float32)
-        desc = _Attention(
-            struct_size=ctypes.sizeof(_Attention), align=int(top_left), softcap=softcap, window_left=window_left,
-            window_right=0 if causal else window_right,
-            scale=1.0 / math.sqrt(max(q.shape[-1], 1)) if scale is None else scale,
-        )  # fmt: skip
+        desc = _describe(q, causal, scale, window_left, window_right, softcap, top_left)
         self.call("attention", _fill(desc, q=q, k=k, v=v, out=out, lse=lse, **tensors), q, workspace=True)
         return out, q.new_empty((0,), dtype=torch.float32) if lse is None else lse
+
+    def attention_backward(
+        self,
+        dout: Tensor,
+        dlse: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        causal: bool = False,
+        scale: float | None = None,
+        window_left: int = -1,
+        window_right: int = -1,
+        softcap: float = 0.0,
+        top_left: bool = False,
+        sinks: Tensor | None = None,
+        **tensors: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Dense and ragged; dsinks is empty without sinks."""
+        dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+        dsinks = None if sinks is None else torch.empty_like(sinks)
+        desc = _AttentionBackward(struct_size=ctypes.sizeof(_AttentionBackward))
+        desc.fwd = _describe(q, causal, scale, window_left, window_right, softcap, top_left)
+        _fill(desc.fwd, q=q, k=k, v=v, out=out, lse=lse, sinks=sinks, **tensors)
+        _fill(desc, dout=dout, dlse=dlse, dq=dq, dk=dk, dv=dv, dsinks=dsinks)
+        self.call("attention_bwd", desc, q, workspace=True)
+        return dq, dk, dv, q.new_empty((0,), dtype=torch.float32) if dsinks is None else dsinks
 
     def merge_states(self, outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         n, out, lse = len(outs), outs[0].new_empty(outs[0].shape), lses[0].new_empty(lses[0].shape)
@@ -357,6 +400,7 @@ _LAYOUTS = {
     "attention_varlen": ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k"),
     "attention_paged": ("q", "k", "v", "block_table", "seq_lens", "cu_seqlens_q"),
 }
+_BACKWARD = ("attention", "attention_varlen")
 _ELSE = "the CUDA kernels do not take"
 
 
@@ -374,6 +418,18 @@ def run_attention(lib: Library, layout: str, *args: Tensor | None, **options: An
     return lib.attention(q, k, v, **tensors, **options)
 
 
+def run_attention_backward(
+    lib: Library, layout: str, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args: Tensor,
+    attn_mask: Tensor | None = None, **options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The backward op of a layout, with the torch op's arguments."""
+    if attn_mask is not None:
+        raise NotSupportedError(f"{layout}_backward: {_ELSE} attn_mask")
+    options.update(zip(_LAYOUTS[layout][3:], args[3:], strict=True))
+    q, k, v = args[:3]
+    return lib.attention_backward(dout, dlse, out, lse, q, k, v, **options)
+
+
 def emulated(layout: str) -> Callable[..., Any]:
     """The `run` of a row that takes CPU tensors through the emulator."""
 
@@ -383,13 +439,42 @@ def emulated(layout: str) -> Callable[..., Any]:
     ) -> Any:  # fmt: skip
         if quant is not None:
             raise NotSupportedError(f"{layout}: {_ELSE} quantised keys or values")
-        value, lse = run_attention(
-            library(True), layout, *args, window_left=window[0], window_right=window[1], return_lse=return_lse,
-            sinks=common.to_f32(sinks), alibi_slopes=common.to_f32(alibi_slopes), **options,
-        )  # fmt: skip
+        options |= {
+            "window_left": window[0], "window_right": window[1], "alibi_slopes": common.to_f32(alibi_slopes),
+        }  # fmt: skip
+        sinks = common.to_f32(sinks)
+        if common.any_grad(*args[:3], sinks) and layout in _BACKWARD:
+            value, lse = _EmulatedAttention.apply(layout, options, args[3:], *args[:3], sinks)
+        else:
+            value, lse = run_attention(library(True), layout, *args, sinks=sinks, return_lse=return_lse, **options)
         return (value, lse) if return_lse else value
 
     return run
+
+
+class _EmulatedAttention(torch.autograd.Function):
+    """Forward and backward by the emulator."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, layout: str, options: dict[str, Any], lens: tuple[Tensor, ...], q: Tensor, k: Tensor, v: Tensor,
+        sinks: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        out, lse = run_attention(library(True), layout, q, k, v, *lens, sinks=sinks, return_lse=True, **options)
+        ctx.save_for_backward(out, lse, q, k, v, *lens, sinks)
+        ctx.layout, ctx.options = layout, {n: o for n, o in options.items() if n != "out"}
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Any:  # type: ignore[override]
+        out, lse, *inputs, sinks = ctx.saved_tensors
+        dout = torch.zeros_like(out) if dout is None else dout.contiguous()
+        got = run_attention_backward(
+            library(True), ctx.layout, dout, dlse, out, lse, *inputs, sinks=sinks, **ctx.options
+        )
+        return None, None, None, *got[:3], got[3] if sinks is not None else None
 
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:
@@ -407,7 +492,7 @@ def rows(
     source = "docs/design/007-cuda.md"
 
     def run(*args: Any, **options: Any) -> Any:
-        if common.any_grad(*_tensors((*args, *options.values()))):
+        if op not in _BACKWARD and common.any_grad(*_tensors((*args, *options.values()))):
             raise NotSupportedError(f"{op}: the emulated kernels give no gradients; use torch.no_grad()")
         return emulated_run(*args, **options)
 
@@ -446,6 +531,12 @@ def implement_attention(layout: str) -> None:
 
     implement(layout, run)
     implement(f"{layout}_out", run_out)
+    if layout in _BACKWARD:
+        implement(f"{layout}_backward", partial(_backward_op, layout))
+
+
+def _backward_op(layout: str, lib: Library, *args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return run_attention_backward(lib, layout, *args, **options)
 
 
 @cache

@@ -1,6 +1,6 @@
 // Validity of attention calls, and their flattening. The one owner of the C API's refusals.
 #pragma once
-#include "core/attention_params.h"
+#include "core/attention_backward.h"
 #include "fastops/fastops.h"
 
 namespace fastops {
@@ -9,6 +9,10 @@ namespace fastops {
 // on success fills everything in `p` but the plan.
 fastops_status check_attention(const fastops_attention_desc& d, AttentionParams* p, char* message,
                                bool on_device = false);
+
+// The same for a backward call.
+fastops_status check_attention_backward(const fastops_attention_bwd_desc& d, BackwardParams* g, char* message,
+                                        bool on_device = false);
 
 // The quantised side of a paged call. kinds(): dtypes and widths, before the layout is known; the rest after it.
 fastops_status check_kv_kinds(const fastops_attention_desc& d, AttentionParams* p, char* message);

@@ -279,7 +279,6 @@ def _elsewhere_out(*args: Any, out: Tensor, lse: Tensor | None = None, **options
 
 _ops.implement_elsewhere("attention", _elsewhere)
 _ops.implement_elsewhere("attention_out", _elsewhere_out)
-_cuda.implement_attention("attention")
 
 
 @torch.library.register_fake("fastops::attention_backward")
@@ -320,3 +319,4 @@ def _elsewhere_backward(
 
 
 _ops.implement_elsewhere("attention_backward", _elsewhere_backward)
+_cuda.implement_attention("attention")

@@ -242,7 +242,6 @@ def _elsewhere_out(*args: Any, out: Tensor, lse: Tensor | None = None, **options
 
 _ops.implement_elsewhere("attention_varlen", _elsewhere)
 _ops.implement_elsewhere("attention_varlen_out", _elsewhere_out)
-_cuda.implement_attention("attention_varlen")
 
 
 @torch.library.register_fake("fastops::attention_varlen_backward")
@@ -264,3 +263,4 @@ def _elsewhere_backward(
 
 
 _ops.implement_elsewhere("attention_varlen_backward", _elsewhere_backward)
+_cuda.implement_attention("attention_varlen")

@@ -259,19 +259,16 @@ def test_indices_outside_their_tensors_give_nan(break_it):
 
 def test_bad_input_and_refusals():
     q, k = torch.randn(1, 5, 4, 64).half(), torch.randn(1, 9, 2, 64).half()
-    with fastops.override(attention="cuda-emulated"):
-        with torch.no_grad():
-            fastops.attention(q, k, k)
-            with pytest.raises(ValueError, match="q has 3 heads, k has 2"):
-                fastops.attention(q[:, :, :3], k, k)
-            with pytest.raises(fastops.NotSupportedError, match="begin at multiples of 16 bytes"):
-                fastops.attention(torch.randn(1, 5, 4 * 64 + 4).half()[..., 4:].view(1, 5, 4, 64), k, k)
-            with pytest.raises(fastops.NotSupportedError, match="attn_mask"):
-                fastops.attention(q, k, k, attn_mask=torch.ones(5, 9, dtype=torch.bool))
-            with pytest.raises(fastops.NotSupportedError, match=r"dtype is float32 \(takes float16, bfloat16\)"):
-                fastops.attention(q.float(), k.float(), k.float())
-        with pytest.raises(fastops.NotSupportedError, match="no gradients"):
-            fastops.attention(q.requires_grad_(), k, k)
+    with fastops.override(attention="cuda-emulated"), torch.no_grad():
+        fastops.attention(q, k, k)
+        with pytest.raises(ValueError, match="q has 3 heads, k has 2"):
+            fastops.attention(q[:, :, :3], k, k)
+        with pytest.raises(fastops.NotSupportedError, match="begin at multiples of 16 bytes"):
+            fastops.attention(torch.randn(1, 5, 4 * 64 + 4).half()[..., 4:].view(1, 5, 4, 64), k, k)
+        with pytest.raises(fastops.NotSupportedError, match="attn_mask"):
+            fastops.attention(q, k, k, attn_mask=torch.ones(5, 9, dtype=torch.bool))
+        with pytest.raises(fastops.NotSupportedError, match=r"dtype is float32 \(takes float16, bfloat16\)"):
+            fastops.attention(q.float(), k.float(), k.float())
     assert "cuda-emulated" in str(fastops.explain("attention", q.detach(), k, k))
 
 

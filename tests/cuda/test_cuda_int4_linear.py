@@ -77,7 +77,7 @@ def test_guard_pages(end):
     for m, n, k in ((1, 40, 64), (19, 24, 1024)):
         packed = int4.quantize(torch.randn(n, k), group_size=32, symmetric=False).packed()
         x, codes, scales, zeros = (
-            guarded(t, end) for t in (torch.randn(m, k).half(), packed.codes, packed.scales, packed.zeros)
+            guarded(t, end) for t in (torch.randn(m, k).half(), packed.codes, packed.scales, packed.rest["zeros"])
         )
         library(True).int4_linear(x, codes, scales, n, zeros, out=guarded(torch.empty(m, n).half(), end))
 

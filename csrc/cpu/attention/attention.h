@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "core/attention_backward.h"
 #include "core/attention_params.h"
 
 namespace fastops::cpu {
@@ -65,16 +66,6 @@ inline AttentionScratch attention_scratch(int D, int Dv, int rows, int key_tile,
 
 inline int attention_key_tile(int D, int Dv) { return D <= 64 && Dv <= 64 ? 128 : 64; }
 
-// The backward pass: the forward's call plus gradients. Rows and heads as in the forward.
-struct BackwardParams {
-  AttentionParams f;  // f.out and f.lse hold the forward's results
-  const char* dout;
-  const float* dlse;
-  char *dq, *dk, *dv;
-  float* dsinks;
-  int64_t do_sb, do_ss, do_sh, dlse_sb, dlse_sh, dlse_ss;
-  int64_t dq_sb, dq_ss, dq_sh, dk_sb, dk_ss, dk_sh, dv_sb, dv_ss, dv_sh, dsinks_stride;
-};
 constexpr int kBackwardKeys = 64;   // keys of a tile
 constexpr int kBackwardRows = 96;   // rows of a dq item
 constexpr int kBackwardGroup = 24;  // rows multiplied at once

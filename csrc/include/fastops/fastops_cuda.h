@@ -37,6 +37,11 @@ FASTOPS_API const char* fastops_cuda_archs(void);
 FASTOPS_API fastops_status fastops_cuda_attention_workspace(const fastops_attention_desc* desc, fastops_cuda_env* env,
                                                             size_t* bytes);
 FASTOPS_API fastops_status fastops_cuda_attention_fwd(const fastops_attention_desc* desc, fastops_cuda_env* env);
+/* Dense and ragged, fp16 and bf16, no attn_mask. Workspace: 4 bytes for each row of q and head. No atomics: the same bits
+ * every time. */
+FASTOPS_API fastops_status fastops_cuda_attention_bwd_workspace(const fastops_attention_bwd_desc* desc,
+                                                                fastops_cuda_env* env, size_t* bytes);
+FASTOPS_API fastops_status fastops_cuda_attention_bwd(const fastops_attention_bwd_desc* desc, fastops_cuda_env* env);
 FASTOPS_API fastops_status fastops_cuda_merge_states(const fastops_merge_states_desc* desc, fastops_cuda_env* env);
 /* The packed form is fastops_int4_pack's. x: fp16 or bf16, its rows 16-byte aligned; groups of a multiple of 32 columns
  * (or one group); no perm (gather the columns of x first) and no int8: FASTOPS_ERR_UNSUPPORTED otherwise. */
