@@ -12,6 +12,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,18 @@ class _Attention(ctypes.Structure):
         ("struct_size", ctypes.c_uint32), ("align", ctypes.c_int32), *((n, _Tensor) for n in _ATTENTION_TENSORS),
         ("scale", ctypes.c_float), ("softcap", ctypes.c_float), ("window_left", ctypes.c_int64),
         ("window_right", ctypes.c_int64), ("kv", ctypes.c_void_p),
+    )  # fmt: skip
+
+
+_KV_TENSORS = (
+    "k_scale", "k_zero", "k_min", "v_scale", "v_zero", "v_min", "k_recent", "v_recent", "packed_lens",
+)  # fmt: skip
+
+
+class _KVQuant(ctypes.Structure):
+    _fields_ = (
+        ("struct_size", ctypes.c_uint32), ("k_bits", ctypes.c_int32), ("v_bits", ctypes.c_int32),
+        ("reserved", ctypes.c_int32), *((n, _Tensor) for n in _KV_TENSORS),
     )  # fmt: skip
 
 
@@ -207,16 +220,23 @@ class Library:
         return_lse: bool = False,
         out: Tensor | None = None,
         lse: Tensor | None = None,
+        k_bits: int = 0,
+        v_bits: int = 0,
         **tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Any layout; `tensors` by their names in fastops_attention_desc. LSE is empty without return_lse."""
+        """Any layout; `tensors` by their names in fastops_attention_desc and fastops_kv_quant. LSE is empty without
+        return_lse."""
         rows = (*q.shape[:-1],)
         if out is None:
-            out = q.new_empty((*rows, v.shape[-1]))
+            out = q.new_empty((*rows, v.shape[-1] * 8 // v_bits if v_bits else v.shape[-1]))
         if lse is None and return_lse:
             shape = (q.shape[0], q.shape[2], q.shape[1]) if q.dim() == 4 else (q.shape[1], q.shape[0])
             lse = q.new_empty(shape, dtype=torch.float32)
         desc = _describe(q, causal, scale, window_left, window_right, softcap, top_left)
+        kv = _KVQuant(struct_size=ctypes.sizeof(_KVQuant), k_bits=k_bits, v_bits=v_bits)
+        _fill(kv, **{name: tensors.pop(name, None) for name in _KV_TENSORS})
+        if k.dtype != q.dtype or v.dtype != q.dtype:
+            desc.kv = ctypes.addressof(kv)
         self.call("attention", _fill(desc, q=q, k=k, v=v, out=out, lse=lse, **tensors), q, workspace=True)
         return out, q.new_empty((0,), dtype=torch.float32) if lse is None else lse
 
@@ -407,13 +427,8 @@ _ELSE = "the CUDA kernels do not take"
 def run_attention(lib: Library, layout: str, *args: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
     """One of the three layouts, with the torch op's arguments. Raises NotSupportedError for what the kernels lack."""
     tensors: dict[str, Any] = dict(zip(_LAYOUTS[layout], args, strict=False))
-    for name in ("attn_mask", "k_scale", "v_scale", "k_recent", "v_recent"):
-        if options.pop(name, None) is not None:
-            raise NotSupportedError(f"{layout}: {_ELSE} {name}")
-    for name in ("k_zero", "k_min", "v_zero", "v_min", "packed_lens", "k_bits", "v_bits"):
-        options.pop(name, None)
-    if tensors["k"].dtype != tensors["q"].dtype or tensors["v"].dtype != tensors["q"].dtype:
-        raise NotSupportedError(f"{layout}: {_ELSE} quantised keys or values")
+    if options.pop("attn_mask", None) is not None:
+        raise NotSupportedError(f"{layout}: {_ELSE} attn_mask")
     q, k, v = (tensors.pop(n) for n in "qkv")
     return lib.attention(q, k, v, **tensors, **options)
 
@@ -438,7 +453,7 @@ def emulated(layout: str) -> Callable[..., Any]:
         alibi_slopes: Tensor | None = None, quant: Any = None, **options: Any,
     ) -> Any:  # fmt: skip
         if quant is not None:
-            raise NotSupportedError(f"{layout}: {_ELSE} quantised keys or values")
+            options |= {f.name: getattr(quant, f.name) for f in fields(quant)}
         options |= {
             "window_left": window[0], "window_right": window[1], "alibi_slopes": common.to_f32(alibi_slopes),
         }  # fmt: skip

@@ -1,5 +1,6 @@
 // The attention C API on a GPU: checks, the choice of kernel and splits, the launches.
 #include "core/attention_check.h"
+#include "cuda/attention/attention_kv.cuh"
 #include "cuda/attention/attention_sm80.cuh"
 #include "cuda/attention/attention_sm90.cuh"
 #include "cuda/launch.h"
@@ -11,17 +12,25 @@ namespace {
 // What the kernels do not do, in words; NULL: nothing.
 const char* refusal(const fastops_attention_desc& d, const AttentionParams& p) {
   if (d.q.dtype != FASTOPS_F16 && d.q.dtype != FASTOPS_BF16) return "q is float32 (the kernels take float16, bfloat16)";
-  if (p.quant) return "the cache is quantised";
   if (p.bias) return "there is an attn_mask";
   if (p.D % 8 != 0 || p.Dv % 8 != 0) return "head sizes are not multiples of 8";
+  // Eight elements at a time: 16 bytes, or 8, 4 or 2 bytes of codes (whose strides count bytes).
   const auto aligned = [](const void* data, std::initializer_list<int64_t> strides) {
     for (int64_t s : strides)
       if (s % 8 != 0) return false;
     return reinterpret_cast<uintptr_t>(data) % 16 == 0;
   };
-  if (!aligned(p.q, {p.q_sb, p.q_ss, p.q_sh}) || !aligned(p.k, {p.k_sb, p.k_ss, p.k_sh}) ||
-      !aligned(p.v, {p.v_sb, p.v_ss, p.v_sh}) || !aligned(p.out, {p.o_sb, p.o_ss, p.o_sh}))
-    return "rows of q, k, v and out do not all begin at multiples of 16 bytes";
+  const auto side = [&](const KvSide& q, const char* data, int64_t sb, int64_t ss, int64_t sh) {
+    if (q.kind == kKvPlain) return aligned(data, {sb, ss, sh});
+    const int unit = q.kind == kKvU4 ? 4 : q.kind == kKvU2 ? 2 : 8;
+    return sb % unit == 0 && ss % unit == 0 && sh % unit == 0 && reinterpret_cast<uintptr_t>(data) % unit == 0;
+  };
+  if (!aligned(p.q, {p.q_sb, p.q_ss, p.q_sh}) || !aligned(p.out, {p.o_sb, p.o_ss, p.o_sh}) ||
+      !side(p.kq, p.k, p.k_sb, p.k_ss, p.k_sh) || !side(p.vq, p.v, p.v_sb, p.v_ss, p.v_sh))
+    return "rows of q, k, v and out do not all begin at multiples of 16 bytes (eight codes: of their own size)";
+  if (p.packed && (!aligned(p.kq.recent, {p.kq.recent_s[0], p.kq.recent_s[1], p.kq.recent_s[2]}) ||
+                   !aligned(p.vq.recent, {p.vq.recent_s[0], p.vq.recent_s[1], p.vq.recent_s[2]})))
+    return "rows of the recent keys and values do not begin at multiples of 16 bytes";
   return nullptr;
 }
 
@@ -48,7 +57,7 @@ fastops_status plan_of(const fastops_attention_desc& d, fastops_cuda_env* env, P
   const int64_t queries = p.cu_q ? p.q_rows : p.paged ? p.queries_per_seq : p.Sq;
   const int64_t keys = p.paged ? p.max_pages << p.page_shift : p.ragged ? p.k_rows : p.Sk;
   plan->a.rows = queries * p.G;
-  plan->tile = attention_tile(plan->device.sm90a, plan->dim, plan->a.rows);
+  plan->tile = attention_tile(plan->device.sm90a && !p.quant, plan->dim, plan->a.rows);
   plan->a.blocks = (plan->a.rows + plan->tile.rows - 1) / plan->tile.rows;
   const int64_t per_key = p.cu_q ? p.B * p.Hkv : plan->a.blocks * p.Hkv * p.B;
   const int tile = plan->tile.keys;
@@ -73,7 +82,7 @@ bool keys_map(const AttentionParams& p, const char* data, int dim, int64_t sb, i
 
 template <class T, int kDim, class Keys>
 fastops_status run_hopper(const Plan& plan, fastops_cuda_env* env) {
-  if constexpr (kDim <= 128) {
+  if constexpr (kDim <= 128 && !Keys::kDecodes) {
     const AttentionParams& p = plan.a.p;
     HopperArgs args{plan.a, {}, {}, false};
     args.tma = !p.paged && keys_map(p, p.k, p.D, p.k_sb, p.k_ss, p.k_sh, &args.k) &&
@@ -108,6 +117,7 @@ fastops_status run_dim(const Plan& plan, fastops_cuda_env* env) {
 
 template <class T>
 fastops_status run_keys(const Plan& plan, fastops_cuda_env* env) {
+  if (plan.a.p.quant) return run_dim<T, QuantKeys<T>>(plan, env);
   return plan.a.p.paged ? run_dim<T, PagedKeys<T>>(plan, env) : run_dim<T, DenseKeys<T>>(plan, env);
 }
 

@@ -33,6 +33,7 @@ FASTOPS_DEVICE DeviceSequence device_sequence(const AttentionParams& p, int64_t 
 
 template <class T>
 struct DenseKeys {
+  static constexpr bool kDecodes = false;
   const T *k, *v;
   int64_t ks, vs;
   FASTOPS_DEVICE DenseKeys(const AttentionParams& p, const Sequence& s, int64_t b, int64_t hkv)
@@ -47,6 +48,7 @@ struct DenseKeys {
 
 template <class T>
 struct PagedKeys {
+  static constexpr bool kDecodes = false;
   const T *k, *v;
   const int32_t* table;
   int64_t table_sp, kb, ks, vb, vs, pages;

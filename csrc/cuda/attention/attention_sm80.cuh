@@ -41,14 +41,20 @@ struct TileLoader {
       const int r = i / kPerRow, c = i % kPerRow;
       const int64_t j = key0 + r;
       bool there = j < end && c * kChunk < dim;
+      if constexpr (Keys::kDecodes) {  // by way of registers
+        Bytes16 bytes{};
+        if (there && !keys.template load<kValues>(j, c, &bytes)) *bad = true;
+        *reinterpret_cast<Bytes16*>(to + Layout::at(r, c)) = bytes;
+        continue;
+      }
       const T* from = reinterpret_cast<const T*>(p.k);
       if (there) {
         int64_t page = 0;
-        there = keys.find(j, &page);
-        if (there)
-          from = (kValues ? keys.value(j, page) : keys.key(j, page)) + c * kChunk;
-        else
-          *bad = true;
+        if constexpr (!Keys::kDecodes) {
+          there = keys.find(j, &page);
+          if (there) from = (kValues ? keys.value(j, page) : keys.key(j, page)) + c * kChunk;
+        }
+        if (!there) *bad = true;
       }
       cp_async16(to + Layout::at(r, c), from, there);
     }
