@@ -91,6 +91,14 @@ class _Norm(ctypes.Structure):
     )  # fmt: skip
 
 
+class _NormBackward(ctypes.Structure):
+    _fields_ = (
+        ("struct_size", ctypes.c_uint32), ("layer", ctypes.c_int32),
+        *((n, _Tensor) for n in ("dout", "s", "dsum", "weight", "mean", "rstd", "ds", "dweight", "dbias")),
+        ("weight_offset", ctypes.c_float),
+    )  # fmt: skip
+
+
 class _Gated(ctypes.Structure):
     _fields_ = (
         ("struct_size", ctypes.c_uint32), ("activation", ctypes.c_int32),
@@ -304,6 +312,30 @@ class Library:
         self.call("norm", _fill(desc, scales=numbers[0], mean=numbers[1], rstd=numbers[2]), x)
         scales, mean, rstd = (none if t is None else t for t in numbers)
         return out, x.new_empty((0,)) if total is None else total, scales, mean, rstd
+
+    def norm_backward(
+        self,
+        dout: Tensor,
+        dsum: Tensor | None,
+        s: Tensor,
+        weight: Tensor | None,
+        mean: Tensor,
+        rstd: Tensor,
+        *,
+        weight_offset: float = 0.0,
+        layer: bool = False,
+        dweight: bool = True,
+        dbias: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """torch.ops.fastops.norm_backward; the sums are empty where not asked for."""
+        none = s.new_empty((0,), dtype=torch.float32)
+        ds = s.new_empty(s.shape)
+        sums = [s.new_zeros(s.shape[-1], dtype=torch.float32) if given else None for given in (dweight, dbias)]
+        desc = _NormBackward(struct_size=ctypes.sizeof(_NormBackward), layer=int(layer), weight_offset=weight_offset)
+        _fill(desc, dout=dout, s=s, dsum=dsum, weight=weight, mean=mean if layer else None, rstd=rstd, ds=ds)
+        self.call("norm_bwd", _fill(desc, dweight=sums[0], dbias=sums[1]), s, workspace=True)
+        dw, db = (none if t is None else t for t in sums)
+        return ds, dw, db
 
     def gated(self, gate: Tensor, up: Tensor, activation: int, out: Tensor | None = None) -> Tensor:
         out = gate.new_empty(gate.shape) if out is None else out

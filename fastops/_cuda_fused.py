@@ -74,9 +74,9 @@ _WITH_OUT: dict[str, Callable[..., Tensor]] = {
     "swiglu": _two(0), "geglu": _two(None),
 }  # fmt: skip
 _OTHERS: dict[str, Callable[..., Any]] = {
-    "norm": Library.norm, "fused_add_rms_norm": _fused_add, "gated_backward": Library.gated_backward,
-    "and_mul_backward": _and_mul_backward, "merge_states": Library.merge_states, "apply_rope": Library.rope,
-    "qk_norm_rope": _qk_norm_rope,
+    "norm": Library.norm, "norm_backward": Library.norm_backward, "fused_add_rms_norm": _fused_add,
+    "gated_backward": Library.gated_backward, "and_mul_backward": _and_mul_backward,
+    "merge_states": Library.merge_states, "apply_rope": Library.rope, "qk_norm_rope": _qk_norm_rope,
 }  # fmt: skip
 
 

@@ -36,7 +36,7 @@ PROMISES = {
     ),
     "attention_bwd_(keys|rows)": ("HMMA.16816.F32", "LDSM.16.M88.4", "LDSM.16.MT88.4", "LDGSTS.E.BYPASS.128"),
     "int4_gemm": ("HMMA.16816.F32", "LDGSTS.E.BYPASS.128", "LOP3.LUT", "PRMT"),
-    "norm_rows.*ELi[48]E": ("LDG.E.NA.128", "STG.E.128"),  # the kernels for aligned rows
+    "norm_(bwd_)?rows.*ELi[48]E": ("LDG.E.NA.128", "STG.E.128"),  # the kernels for aligned rows
     "gated_rows.*ELi[48]E": ("LDG.E.NA.128", "STG.E.128"),
     "rope_pieces": ("LDG.E.NA.128", "STG.E.128"),
 }

@@ -49,6 +49,10 @@ FASTOPS_API fastops_status fastops_cuda_int4_linear_workspace(const fastops_int4
                                                               fastops_cuda_env* env, size_t* bytes);
 FASTOPS_API fastops_status fastops_cuda_int4_linear(const fastops_int4_linear_desc* desc, fastops_cuda_env* env);
 FASTOPS_API fastops_status fastops_cuda_norm(const fastops_norm_desc* desc, fastops_cuda_env* env);
+/* Workspace: dweight and dbias of up to 264 groups of rows in fp32. */
+FASTOPS_API fastops_status fastops_cuda_norm_bwd_workspace(const fastops_norm_bwd_desc* desc, fastops_cuda_env* env,
+                                                           size_t* bytes);
+FASTOPS_API fastops_status fastops_cuda_norm_bwd(const fastops_norm_bwd_desc* desc, fastops_cuda_env* env);
 /* A token whose position lies outside cos and sin becomes NaN; one whose slot lies behind the cache goes nowhere. */
 FASTOPS_API fastops_status fastops_cuda_rope(const fastops_rope_desc* desc, fastops_cuda_env* env);
 FASTOPS_API fastops_status fastops_cuda_gated(const fastops_gated_desc* desc, fastops_cuda_env* env);
