@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastops import _ops
+from fastops import _nvrtc, _ops
 from fastops.dispatch.record import Call, Implementation
 from fastops.errors import FallbackWarning, NotSupportedError
 from fastops.ops import _common as common
@@ -46,7 +46,7 @@ class _Env(ctypes.Structure):
         ("struct_size", ctypes.c_uint32), ("arch", ctypes.c_int32), ("sm_count", ctypes.c_int32),
         ("reserved", ctypes.c_int32), ("stream", ctypes.c_void_p), ("workspace", ctypes.c_void_p),
         ("workspace_size", ctypes.c_size_t), ("message", ctypes.c_char_p), ("variant", ctypes.c_char_p),
-        ("seed", ctypes.c_uint64),
+        ("seed", ctypes.c_uint64), ("start", ctypes.c_void_p),
     )  # fmt: skip
 
 
@@ -181,6 +181,14 @@ class Library:
             return
         self.lib.fastops_cuda_archs.restype = ctypes.c_char_p
 
+    def prepare(self, env: _Env, device: torch.device) -> None:
+        """What a call's environment says beside its workspace."""
+        if self.emulated:
+            env.seed = int(os.environ.get("FASTOPS_EMULATOR_SEED", "0"))
+            env.arch = int(os.environ.get("FASTOPS_EMULATOR_ARCH", "80"))
+        else:
+            env.stream = torch.cuda.current_stream(device).cuda_stream
+
     def archs(self) -> str:
         return "" if self.missing else self.lib.fastops_cuda_archs().decode()
 
@@ -189,11 +197,7 @@ class Library:
         message = ctypes.create_string_buffer(_MESSAGE)
         env = _Env(struct_size=ctypes.sizeof(_Env), message=ctypes.cast(message, ctypes.c_char_p))
         scratch = None  # kept until the launch: the stream's allocator reuses it only behind the kernel
-        if self.emulated:
-            env.seed = int(os.environ.get("FASTOPS_EMULATOR_SEED", "0"))
-            env.arch = int(os.environ.get("FASTOPS_EMULATOR_ARCH", "80"))
-        else:
-            env.stream = torch.cuda.current_stream(like.device).cuda_stream
+        self.prepare(env, like.device)
         if workspace:
             need = ctypes.c_size_t()
             ask = getattr(self.lib, f"fastops_cuda_{name}_workspace")
@@ -401,8 +405,45 @@ class Library:
         return q_out, q.new_empty((0,)) if k_out is None else k_out
 
 
+class NvrtcLibrary(Library):
+    """The host half of the emulated library, with kernels compiled by NVRTC (fastops/_nvrtc.py)."""
+
+    def __init__(self, launcher: Any = None) -> None:
+        super().__init__(True)
+        self.emulated = False
+        self.launcher = launcher or _nvrtc.Launcher()
+
+    def archs(self) -> str:
+        return "whatever NVRTC compiles"
+
+    def prepare(self, env: _Env, device: torch.device) -> None:
+        super().prepare(env, device)
+        major, minor = torch.cuda.get_device_capability(device)
+        env.arch, env.sm_count = 10 * major + minor, torch.cuda.get_device_properties(device).multi_processor_count
+        env.start = ctypes.cast(self.launcher.hook, ctypes.c_void_p)
+
+    def call(self, name: str, desc: ctypes.Structure, like: Tensor, workspace: bool = False) -> None:
+        try:
+            super().call(name, desc, like, workspace)
+        except NotSupportedError:
+            error, self.launcher.error = self.launcher.error, None
+            if error is not None:
+                raise error from None
+            raise
+
+
+def _on_gpus() -> Library:
+    """The library for CUDA tensors: compiled beforehand, or by NVRTC where there is a GPU and no such library."""
+    compiled = Library(False)
+    if compiled.missing and torch.cuda.is_available():
+        if _nvrtc.why_not() is None:
+            return NvrtcLibrary()
+        compiled.missing += f", and {_nvrtc.why_not()}"
+    return compiled
+
+
 # Loaded here, not at first use: a choice that torch.compile traces may only read constants.
-_EMULATED, _CUDA = Library(True), Library(False)
+_EMULATED, _CUDA = Library(True), _on_gpus()
 _MISSING = (_CUDA.missing, _EMULATED.missing)
 
 

@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__CUDACC__)
+#if defined(__CUDACC__) || defined(__CUDACC_RTC__)
 #define FASTOPS_SHARED __host__ __device__ inline
 #else
 #define FASTOPS_SHARED inline

@@ -1,5 +1,6 @@
 // The one way to start a kernel, on a GPU or in the emulator, and what is asked of the device.
 #pragma once
+#if !defined(__CUDACC_RTC__)
 #include <cstdint>
 
 #include "core/status.h"
@@ -55,6 +56,13 @@ fastops_status launch(const Grid& grid, fastops_cuda_env* env, const Args& args)
     return FASTOPS_ERR_UNSUPPORTED;
   }
 #else
+  if (env->start != nullptr) {  // somebody else starts kernels: NVRTC's path
+    const int64_t blocks[3] = {grid.x, grid.y, grid.z};
+    if (env->start(__PRETTY_FUNCTION__, blocks, grid.threads, grid.shared, &args, sizeof args, env->stream) == 0)
+      return FASTOPS_OK;
+    set_message(env->message, "the kernel did not start");
+    return FASTOPS_ERR_UNSUPPORTED;
+  }
   static thread_local emulator::Block block;
   const emulator::Dim3 size{grid.x, grid.y, grid.z};
   for (int64_t z = 0; z < grid.z; ++z)
@@ -73,3 +81,4 @@ fastops_status launch(const Grid& grid, fastops_cuda_env* env, const Args& args)
 }
 
 }  // namespace fastops::cuda
+#endif

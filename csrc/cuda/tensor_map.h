@@ -3,6 +3,7 @@
 #include "cuda/arch/arch.h"
 #include "cuda/launch.h"
 
+#if !defined(__CUDACC_RTC__)
 namespace fastops::cuda {
 
 // Four dimensions, the innermost (dense) first; `step`: elements between neighbours of the outer three (multiples of
@@ -13,6 +14,7 @@ struct TensorShape {
   int64_t size[4], step[3];
   int rows;
 };
-bool tensor_map(const TensorShape& shape, TensorMap* map);
+bool tensor_map(const TensorShape& shape, const fastops_cuda_env* env, TensorMap* map);
 
 }  // namespace fastops::cuda
+#endif

@@ -38,9 +38,10 @@ void test_tma() {
         for (int d0 = 0; d0 < 72; ++d0)
           from[((d3 * 3 + d2) * 20 + d1) * 72 + d0] = static_cast<uint16_t>(20000 * d3 + 5000 * d2 + 80 * d1 + d0);
   TmaArgs a{};
-  EXPECT(tensor_map({from, {72, 20, 3, 2}, {72, 20 * 72, 3 * 20 * 72}, 16}, &a.map), "no map");
-  EXPECT(!tensor_map({from, {72, 20, 3, 2}, {71, 20 * 72, 3 * 20 * 72}, 16}, &a.map), "rows of 142 bytes");
-  EXPECT(tensor_map({from, {72, 20, 3, 2}, {72, 20 * 72, 3 * 20 * 72}, 16}, &a.map), "no map");
+  const fastops_cuda_env env{};
+  EXPECT(tensor_map({from, {72, 20, 3, 2}, {72, 20 * 72, 3 * 20 * 72}, 16}, &env, &a.map), "no map");
+  EXPECT(!tensor_map({from, {72, 20, 3, 2}, {71, 20 * 72, 3 * 20 * 72}, 16}, &env, &a.map), "rows of 142 bytes");
+  EXPECT(tensor_map({from, {72, 20, 3, 2}, {72, 20 * 72, 3 * 20 * 72}, 16}, &env, &a.map), "no map");
   uint16_t out[1024];
   a.out = out;
   a.c2 = 2;

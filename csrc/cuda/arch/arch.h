@@ -16,7 +16,7 @@ struct alignas(64) TensorMap {
 };
 }  // namespace fastops::cuda
 
-#if defined(__CUDACC__)
+#if defined(__CUDACC__) || defined(__CUDACC_RTC__)
 #define FASTOPS_DEVICE __device__ __forceinline__
 #define FASTOPS_HOST_DEVICE __host__ __device__ __forceinline__
 #define FASTOPS_KERNEL(threads, blocks_per_sm) __global__ void __launch_bounds__(threads, blocks_per_sm)

@@ -6,6 +6,7 @@
 #include "cuda/launch.h"
 #include "cuda/tensor_map.h"
 
+#if !defined(__CUDACC_RTC__)  // the rest is the host's
 namespace fastops::cuda {
 namespace {
 
@@ -73,11 +74,12 @@ fastops_status plan_of(const fastops_attention_desc& d, fastops_cuda_env* env, P
 }
 
 // Keys or values as the copy engine sees them: [B or 1][Hkv][keys][D].
-bool keys_map(const AttentionParams& p, const char* data, int dim, int64_t sb, int64_t ss, int64_t sh, TensorMap* map) {
+bool keys_map(const AttentionParams& p, const char* data, int dim, int64_t sb, int64_t ss, int64_t sh,
+              const fastops_cuda_env* env, TensorMap* map) {
   const auto step = [](int64_t size, int64_t stride) { return size > 1 ? stride : int64_t{8}; };
   const int64_t keys = p.ragged ? p.k_rows : p.Sk, batch = p.ragged ? 1 : p.B;
   return tensor_map({data, {dim, keys, p.Hkv, batch}, {step(keys, ss), step(p.Hkv, sh), step(batch, sb)}, kHopperKeys},
-                    map);
+                    env, map);
 }
 
 template <class T, int kDim, class Keys>
@@ -85,8 +87,8 @@ fastops_status run_hopper(const Plan& plan, fastops_cuda_env* env) {
   if constexpr (kDim <= 128 && !Keys::kDecodes) {
     const AttentionParams& p = plan.a.p;
     HopperArgs args{plan.a, {}, {}, false};
-    args.tma = !p.paged && keys_map(p, p.k, p.D, p.k_sb, p.k_ss, p.k_sh, &args.k) &&
-               keys_map(p, p.v, p.Dv, p.v_sb, p.v_ss, p.v_sh, &args.v);
+    args.tma = !p.paged && keys_map(p, p.k, p.D, p.k_sb, p.k_ss, p.k_sh, env, &args.k) &&
+               keys_map(p, p.v, p.Dv, p.v_sb, p.v_ss, p.v_sh, env, &args.v);
     return launch<attention_sm90<T, kDim, Keys>>(
         {plan.a.blocks, p.Hkv, p.B * plan.a.splits, kHopperThreads, hopper_shared(kDim)}, env, args);
   } else {
@@ -151,3 +153,4 @@ extern "C" fastops_status fastops_cuda_attention_fwd(const fastops_attention_des
   if (plan.a.p.B == 0 || plan.a.p.Hq == 0 || plan.a.rows == 0) return FASTOPS_OK;
   return plan.a.p.dtype == FASTOPS_F16 ? run_keys<f16>(plan, env) : run_keys<bf16>(plan, env);
 }
+#endif

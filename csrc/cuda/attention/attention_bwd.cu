@@ -3,6 +3,7 @@
 #include "cuda/attention/attention_bwd_sm80.cuh"
 #include "cuda/launch.h"
 
+#if !defined(__CUDACC_RTC__)  // the rest is the host's
 namespace fastops::cuda {
 namespace {
 
@@ -102,3 +103,4 @@ extern "C" fastops_status fastops_cuda_attention_bwd(const fastops_attention_bwd
   args.delta = static_cast<float*>(env->workspace);
   return args.a.p.dtype == FASTOPS_F16 ? run_dim<f16>(args, env) : run_dim<bf16>(args, env);
 }
+#endif

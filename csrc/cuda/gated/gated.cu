@@ -68,6 +68,10 @@ gated_rows(const GatedArgs a) {
   }
 }
 
+}  // namespace fastops::cuda
+
+#if !defined(__CUDACC_RTC__)  // the rest is the host's
+namespace fastops::cuda {
 namespace {
 
 template <class T, bool kBackward>
@@ -85,6 +89,7 @@ fastops_status run_direction(GatedArgs& a, int64_t n, bool wide, bool backward, 
 }
 
 }  // namespace
+
 }  // namespace fastops::cuda
 
 using namespace fastops;
@@ -115,3 +120,4 @@ extern "C" fastops_status fastops_cuda_gated(const fastops_gated_desc* desc, fas
   return d.gate.dtype == FASTOPS_F16 ? run_direction<f16>(a, n, wide, backward, env)
                                      : run_direction<bf16>(a, n, wide, backward, env);
 }
+#endif

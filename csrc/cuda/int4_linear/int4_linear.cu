@@ -3,6 +3,7 @@
 #include "cuda/int4_linear/int4_linear_sm80.cuh"
 #include "cuda/launch.h"
 
+#if !defined(__CUDACC_RTC__)  // the rest is the host's
 namespace fastops::cuda {
 namespace {
 
@@ -139,3 +140,4 @@ extern "C" fastops_status fastops_cuda_int4_linear(const fastops_int4_linear_des
   if (plan.a.M == 0 || plan.a.N == 0) return FASTOPS_OK;
   return desc->x.dtype == FASTOPS_F16 ? run_tiles<f16>(plan, env) : run_tiles<bf16>(plan, env);
 }
+#endif

@@ -43,6 +43,8 @@ merge_rows(const MergeArgs a) {
 
 }  // namespace fastops::cuda
 
+#if !defined(__CUDACC_RTC__)  // the rest is the host's
+
 using namespace fastops;
 using namespace fastops::cuda;
 
@@ -81,3 +83,4 @@ extern "C" fastops_status fastops_cuda_merge_states(const fastops_merge_states_d
   if (o.dtype == FASTOPS_F32) return launch<merge_rows<float>>(grid, env, a);
   return o.dtype == FASTOPS_F16 ? launch<merge_rows<f16>>(grid, env, a) : launch<merge_rows<bf16>>(grid, env, a);
 }
+#endif

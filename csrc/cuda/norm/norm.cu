@@ -136,6 +136,10 @@ norm_rows(const NormArgs a) {
   });
 }
 
+}  // namespace fastops::cuda
+
+#if !defined(__CUDACC_RTC__)  // the rest is the host's
+namespace fastops::cuda {
 namespace {
 
 template <class T>
@@ -145,6 +149,7 @@ fastops_status run(const Grid& grid, fastops_cuda_env* env, const NormArgs& a, b
 }
 
 }  // namespace
+
 }  // namespace fastops::cuda
 
 using namespace fastops;
@@ -183,3 +188,4 @@ extern "C" fastops_status fastops_cuda_norm(const fastops_norm_desc* desc, fasto
   if (d.x.dtype == FASTOPS_F32) return run<float>(grid, env, a, wide);
   return d.x.dtype == FASTOPS_F16 ? run<f16>(grid, env, a, wide) : run<bf16>(grid, env, a, wide);
 }
+#endif

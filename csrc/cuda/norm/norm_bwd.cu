@@ -130,6 +130,10 @@ norm_bwd_sums(const NormBackwardArgs a) {
   if (a.dbias) a.dbias[column] = db;
 }
 
+}  // namespace fastops::cuda
+
+#if !defined(__CUDACC_RTC__)  // the rest is the host's
+namespace fastops::cuda {
 namespace {
 
 fastops_status plan_of(const fastops_norm_bwd_desc& d, fastops_cuda_env* env, NormBackwardArgs* a, size_t* bytes) {
@@ -172,6 +176,7 @@ fastops_status run(const NormBackwardArgs& a, fastops_cuda_env* env) {
 }
 
 }  // namespace
+
 }  // namespace fastops::cuda
 
 using namespace fastops;
@@ -199,3 +204,4 @@ extern "C" fastops_status fastops_cuda_norm_bwd(const fastops_norm_bwd_desc* des
   if (desc->s.dtype == FASTOPS_F32) return run<float>(a, env);
   return desc->s.dtype == FASTOPS_F16 ? run<f16>(a, env) : run<bf16>(a, env);
 }
+#endif

@@ -173,6 +173,10 @@ rope_elements(const RopeArgs a) {
   for (int i = 2 * a.half + lane; i < dim; i += 32) put(i, get(i));
 }
 
+}  // namespace fastops::cuda
+
+#if !defined(__CUDACC_RTC__)  // the rest is the host's
+namespace fastops::cuda {
 namespace {
 
 RopeTensor part_of(const fastops_tensor& in, const fastops_tensor& out, const fastops_tensor& cache,
@@ -222,6 +226,7 @@ fastops_status run(RopeArgs& a, fastops_cuda_env* env) {
 }
 
 }  // namespace
+
 }  // namespace fastops::cuda
 
 using namespace fastops;
@@ -263,3 +268,4 @@ extern "C" fastops_status fastops_cuda_rope(const fastops_rope_desc* desc, fasto
   if (d.q.dtype == FASTOPS_F32) return run<float>(a, env);
   return d.q.dtype == FASTOPS_F16 ? run<f16>(a, env) : run<bf16>(a, env);
 }
+#endif

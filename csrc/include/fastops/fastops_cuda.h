@@ -26,6 +26,11 @@ typedef struct fastops_cuda_env {
   char* message;         /* NULL or FASTOPS_MESSAGE_SIZE bytes */
   const char* variant;   /* out: the kernel that ran, e.g. "sm80" (static storage) */
   uint64_t seed;         /* emulator: draws the order in which warps take turns */
+  /* The emulated library only: where given, kernels are not emulated; each launch goes to this function (0: started) with
+   * the C++ signature of the function that starts the kernel, which names it, and a pointer to its one argument. For code
+   * compiled elsewhere from the same sources (fastops/_nvrtc.py): give arch and sm_count as well. */
+  int (*start)(const char* launch, const int64_t grid[3], int32_t threads, size_t shared, const void* args,
+               size_t args_size, void* stream);
 } fastops_cuda_env;
 
 FASTOPS_API const char* fastops_cuda_version(void);

@@ -1,0 +1,118 @@
+"""The path without nvcc: which kernels the host code asks for, and that NVRTC compiles them, on a machine without a GPU."""
+
+import ctypes
+
+import pytest
+import torch
+
+import fastops
+from fastops import _cuda, _nvrtc, int4
+from tests.ops.test_attention_kv import filled
+
+needs_nvrtc = pytest.mark.skipif(_nvrtc.why_not() is not None, reason=_nvrtc.why_not() or "")
+
+
+class Recorder(_nvrtc.Launcher):
+    """Notes what would be started."""
+
+    def __init__(self):
+        super().__init__()
+        self.started = []
+
+    def launch(self, kernel, grid, threads, shared, args, stream):
+        assert args
+        self.started.append((kernel, grid, threads, shared))
+
+
+class Recording(_cuda.NvrtcLibrary):
+    def __init__(self, arch=80):
+        super().__init__(Recorder())
+        self.arch = arch
+
+    def prepare(self, env, device):
+        env.arch, env.sm_count, env.stream = self.arch, 4, 77
+        env.start = ctypes.cast(self.launcher.hook, ctypes.c_void_p)
+
+    def names(self):
+        return [kernel for kernel, *_ in self.launcher.started]
+
+
+def calls(lib):
+    """Every entry of the library, in a few forms."""
+    half, rows = torch.randn(1, 70, 2, 64).half(), torch.randn(3, 64).half()
+    out, lse = lib.attention(half, half, half, causal=True, return_lse=True)
+    lib.attention(half[:, :1], *(torch.randn(1, 3000, 2, 64).half() for _ in range(2)))
+    wide = torch.randn(1, 9, 2, 128).bfloat16()
+    lib.attention(wide, wide, wide)
+    cache, table, have = filled("kv4", [40], dtype=torch.float16)
+    lib.attention(half[0, :1], cache.k, cache.v, block_table=table, seq_lens=have, k_scale=cache.quant.k_scale, k_zero=cache.quant.k_zero,
+                  v_scale=cache.quant.v_scale, v_zero=cache.quant.v_zero, k_bits=4, v_bits=4)  # fmt: skip
+    lib.attention_backward(half, None, out, lse, half, half, half, causal=True, sinks=torch.zeros(2))
+    packed = int4.quantize(torch.randn(48, 64), 32).packed()
+    lib.int4_linear(rows, packed.codes, packed.scales, 48)
+    lib.norm(rows, None, rows[0], None)
+    lib.norm_backward(rows, None, rows, rows[0], torch.ones(3), torch.ones(3))
+    lib.gated(rows, rows, 0)
+    lib.gated_backward(rows, rows, rows, 0)
+    lib.rope(half[0], half[0], torch.ones(70, 32), torch.ones(70, 32))
+    lib.merge_states([half, half], [torch.zeros(1, 2, 70)] * 2)
+
+
+def plain(name):
+    return name.replace(" >", ">").replace("fastops::cuda::", "")
+
+
+def test_the_host_code_names_every_kernel():
+    lib = Recording()
+    calls(lib)
+    names = lib.names()
+    for kernel in (
+        "attention_sm80<fastops::f16, 64, DenseKeys<fastops::f16>>", "attention_merge<fastops::f16>",
+        "attention_sm80<fastops::bf16, 128, DenseKeys<fastops::bf16>>", "attention_bwd_sinks", "norm_rows<fastops::f16, 8>",
+    ):  # fmt: skip
+        assert any(plain(n) == kernel for n in names), (kernel, names)
+    for name in names:
+        assert _nvrtc.source_of(name).startswith("cuda/")
+    assert lib.launcher.started[0][1:] == ((2, 2, 1), 128, 64 * 64 * 2 * 3 + 16)
+
+
+def test_errors_come_back():
+    lib = Recording()
+    lib.launcher.launch = lambda *a: (_ for _ in ()).throw(RuntimeError("no such symbol"))
+    with pytest.raises(RuntimeError, match="no such symbol"):
+        lib.gated(torch.ones(2, 8), torch.ones(2, 8), 0)
+    with pytest.raises(fastops.NotSupportedError, match="float32"):
+        lib.attention(*(torch.ones(1, 2, 2, 64),) * 3)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("arch", [80, 90])
+def test_nvrtc_compiles_what_the_host_code_asks_for(arch, tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTOPS_CUDA_CACHE", str(tmp_path))
+    lib = Recording(arch)
+    calls(lib)
+    names = sorted(set(lib.names()))
+    assert any("attention_sm90" in n for n in names) == (arch == 90)
+    for kernel in names:
+        code, symbol = _nvrtc.compile_kernel(kernel, "90a" if arch == 90 else str(arch))
+        assert code[:4] == b"\x7fELF"
+        assert symbol.encode() in code
+    assert len(list(tmp_path.iterdir())) == len(names)
+    before = {f: f.stat().st_mtime_ns for f in tmp_path.iterdir()}
+    again, symbol_again = _nvrtc.compile_kernel(names[-1], "90a" if arch == 90 else str(arch))
+    assert (again, symbol_again) == (code, symbol)
+    assert {f: f.stat().st_mtime_ns for f in tmp_path.iterdir()} == before  # read, not made again
+
+
+@needs_nvrtc
+def test_broken_files_of_the_cache_are_made_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTOPS_CUDA_CACHE", str(tmp_path))
+    kernel = "fastops::cuda::attention_tail<fastops::f16>"
+    code, symbol = _nvrtc.compile_kernel(kernel, "80")
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(b"")
+    assert _nvrtc.compile_kernel(kernel, "80") == (code, symbol)
+    with pytest.raises(RuntimeError, match="no source defines"):
+        _nvrtc.compile_kernel("fastops::cuda::nothing<int>", "80")
+    with pytest.raises(RuntimeError, match="NVRTC does not compile"):
+        _nvrtc.compile_kernel("fastops::cuda::attention_tail<int>", "80")
