@@ -235,6 +235,42 @@ void test_races_show() {
   EXPECT(seen, "sixteen orders of warps hid a missing barrier");
 }
 
+// Bytes: a has one -3 at (row, k), b one 200 at (k, column); lanes, registers and bytes from the figures of
+// mma.m16n8k32.
+struct MmaBytesCase {
+  int a_lane, a_register, a_byte, b_lane, b_register, b_byte, d_lane, d_register;
+  int32_t* out;
+};
+void mma_bytes_kernel(MmaBytesCase c) {
+  uint32_t a[4] = {}, b[2] = {};
+  if (lane_index() == c.a_lane) a[c.a_register] = 0xfdu << (8 * c.a_byte);
+  if (lane_index() == c.b_lane) b[c.b_register] = 200u << (8 * c.b_byte);
+  int32_t d[4] = {7, 7, 7, 7};
+  mma_m16n8k32_s8u8(d, a, b[0], b[1]);
+  for (int i = 0; i < 4; ++i) c.out[4 * lane_index() + i] = d[i];
+}
+void test_mma_bytes() {
+  const MmaBytesCase cases[] = {
+      {0, 0, 0, 0, 0, 0, 0, 0, nullptr},  // a (0, 0), b (0, 0), d (0, 0)
+      // a (row 9, k 6): lanes 4 to 7, k 4 to 7: lane 5, register 1, byte 2. b (k 6, column 6): lane 25, register 0,
+      // byte
+      // 2. d (row 9, column 6): lane 7, register 2.
+      {5, 1, 2, 25, 0, 2, 7, 2, nullptr},
+      // a (row 2, k 27): 16 + 11, lane 8 + 2, register 2, byte 3. b (k 27, column 1): lane 4 + 2, register 1, byte 3.
+      // d (2, 1): lane 8, register 1.
+      {10, 2, 3, 6, 1, 3, 8, 1, nullptr},
+      {31, 3, 3, 31, 1, 3, 31, 3, nullptr},
+  };
+  for (MmaBytesCase c : cases) {
+    int32_t out[128];
+    c.out = out;
+    EXPECT(start<mma_bytes_kernel>(c, 32, 0).status == FASTOPS_OK, "did not run");
+    for (int i = 0; i < 128; ++i)
+      EXPECT(out[i] == (i == 4 * c.d_lane + c.d_register ? 7 - 600 : 7), "lane %d register %d is %d", i / 4, i % 4,
+             out[i]);
+  }
+}
+
 // ---- layouts
 // ---------------------------------------------------------------------------------------------------------
 
@@ -268,12 +304,19 @@ void test_swizzle() {
 
 int main(int argc, char** argv) {
   const std::map<std::string, std::function<void()>> tests = {
-      {"ldmatrix", test_ldmatrix},    {"mma", test_mma},
-      {"shuffle", test_shuffle},      {"cp_async", test_cp_async},
-      {"wrong", test_wrong_programs}, {"races", test_races_show},
-      {"swizzle", test_swizzle},      {"tma", test_tma},
-      {"wgmma", test_wgmma},          {"fence", test_fence},
-      {"named", test_named},          {"columns64", test_columns64},
+      {"ldmatrix", test_ldmatrix},
+      {"mma", test_mma},
+      {"shuffle", test_shuffle},
+      {"cp_async", test_cp_async},
+      {"wrong", test_wrong_programs},
+      {"races", test_races_show},
+      {"mma_bytes", test_mma_bytes},
+      {"swizzle", test_swizzle},
+      {"tma", test_tma},
+      {"wgmma", test_wgmma},
+      {"fence", test_fence},
+      {"named", test_named},
+      {"columns64", test_columns64},
   };
   if (argc < 2) {
     for (const auto& t : tests) std::printf("%s\n", t.first.c_str());

@@ -1,21 +1,28 @@
 """The CUDA INT4 product, emulated on CPU tensors, against the reference."""
 
 import os
+from contextlib import contextmanager
 
 import pytest
 import torch
 
 import fastops
 from fastops import Int4Weight, int4
+from fastops._cuda import library
 from fastops.ops.int4_linear import reference
 from fastops.testing import assert_matches, guarded
 
 DTYPES = [torch.float16, torch.bfloat16]
 
 
-def check(x, weight, bias=None, what=""):
+def check(x, weight, bias=None, what="", activations="float"):
     with torch.no_grad(), fastops.override(int4_linear="cuda-emulated"):
-        got = fastops.int4_linear(x, weight, bias)
+        got = fastops.int4_linear(x, weight, bias, activations=activations)
+    if activations == "int8":  # rows are rounded once, the same way
+        exact = reference(x.float(), weight, bias, activations="int8")
+        tolerance = torch.finfo(x.dtype).eps * 4 * max([1.0, *exact.nan_to_num().abs().flatten().tolist()])
+        torch.testing.assert_close(got.float(), exact, atol=tolerance, rtol=tolerance, equal_nan=True)
+        return got
     exact = reference(x.double(), weight, bias)
     same = (x.float() @ weight.dequantize().to(x.dtype).float().T + (0 if bias is None else bias.float())).to(x.dtype)
     assert_matches(got, exact, same, factor=3, what=what)
@@ -72,8 +79,6 @@ def test_orders_of_warps_agree():
 
 @pytest.mark.parametrize("end", [True, False])
 def test_guard_pages(end):
-    from fastops._cuda import library
-
     for m, n, k in ((1, 40, 64), (19, 24, 1024)):
         packed = int4.quantize(torch.randn(n, k), group_size=32, symmetric=False).packed()
         x, codes, scales, zeros = (
@@ -89,7 +94,88 @@ def test_refusals():
             fastops.int4_linear(x, weight)
         with pytest.raises(fastops.NotSupportedError, match="multiple of 32 columns"):
             fastops.int4_linear(x.half(), weight)
-        with pytest.raises(fastops.NotSupportedError, match="int8 activations"):
-            fastops.int4_linear(x.half(), weight, activations="int8")
+        with pytest.raises(fastops.NotSupportedError, match="2:4 sparse codes"):
+            fastops.int4_linear(torch.randn(2, 64).half(), int4.quantize(torch.randn(16, 64), 32, sparsity="2:4"))
+        with pytest.raises(fastops.NotSupportedError, match="column_scales"):
+            fastops.int4_linear(torch.randn(2, 64).half(), int4.quantize(torch.randn(16, 64), 16, dim="input"))
     with fastops.override(int4_linear="cuda-emulated"), pytest.raises(fastops.NotSupportedError, match="no gradients"):
         fastops.int4_linear(x.half().requires_grad_(), weight)
+
+
+@contextmanager
+def hopper():
+    """The emulator as a device of compute capability 9.0."""
+    os.environ["FASTOPS_EMULATOR_ARCH"] = "90"
+    try:
+        yield
+        assert library(True).variant == "sm90a"
+    finally:
+        del os.environ["FASTOPS_EMULATOR_ARCH"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("m", "n", "k", "group"),
+    [(70, 128, 128, 64), (130, 200, 192, -1), (256, 136, 640, 128), (65, 24, 72, -1), (90, 40, 320, 320)],
+)
+def test_many_rows_on_hopper(dtype, m, n, k, group):
+    w, x = torch.randn(n, k), torch.randn(m, k).to(dtype)
+    with hopper():
+        check(x, int4.quantize(w, group), torch.randn(n), "symmetric")
+        check(x, int4.quantize(w, group, symmetric=False), None, "zeros")
+        symmetric = int4.quantize(w, group)
+        check(x, Int4Weight(symmetric.codes, symmetric.scales, mins=torch.rand(symmetric.scales.shape)), None, "minima")
+
+
+def test_planes_strides_and_orders_on_hopper():
+    w = int4.quantize(torch.randn(64, 128), 64, bits=8)
+    x = torch.randn(80, 300).half()[:, :128]
+    x = torch.empty(80, 304).half()[:, :128].copy_(x)
+    results = []
+    for seed in range(4):
+        os.environ["FASTOPS_EMULATOR_SEED"] = str(seed)
+        try:
+            with hopper():
+                results.append(check(x, w, what="8 bits"))
+        finally:
+            del os.environ["FASTOPS_EMULATOR_SEED"]
+    assert all(torch.equal(r, results[0]) for r in results)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("m", "n", "k", "group"),
+    [(1, 128, 2048, -1), (5, 40, 64, 32), (20, 136, 2560, 160), (33, 24, 104, -1), (70, 256, 96, 32)],
+)
+def test_int8_activations(dtype, m, n, k, group):
+    """Tails of every dimension, splits of K inside groups and at their ends; zeros, minima, planes, act-order."""
+    w, x = torch.randn(n, k), torch.randn(m, k).to(dtype)
+    plain = int4.quantize(w, group)
+    check(x, plain, torch.randn(n), "symmetric", "int8")
+    check(x, int4.quantize(w, group, symmetric=False), None, "zeros", "int8")
+    check(x, Int4Weight(plain.codes, plain.scales, mins=torch.rand(plain.scales.shape)), None, "minima", "int8")
+    check(x, Int4Weight(plain.codes, plain.scales, perm=torch.randperm(k).int()), None, "perm", "int8")
+    if k % 16 == 0:
+        check(x, int4.quantize(w, group, bits=8), None, "8 bits", "int8")
+
+
+def test_int8_rows_of_zeros_and_nan():
+    x = torch.randn(4, 64).half()
+    x[1], x[2, 3], x[3, 5] = 0.0, torch.nan, torch.inf
+    got = check(x, int4.quantize(torch.randn(24, 64), 32), activations="int8")
+    assert not got[1].any()
+    assert bool(torch.isnan(got[2:]).all())
+
+
+@pytest.mark.parametrize("end", [True, False])
+def test_guard_pages_of_the_other_kernels(end):
+    for m, n, k, arch, int8 in ((80, 40, 192, "90", False), (3, 40, 1032, "80", True), (19, 24, 64, "80", True)):
+        packed = int4.quantize(torch.randn(n, k), group_size=-1, symmetric=False).packed()
+        x, codes, scales, zeros = (
+            guarded(t, end) for t in (torch.randn(m, k).half(), packed.codes, packed.scales, packed.rest["zeros"])
+        )
+        os.environ["FASTOPS_EMULATOR_ARCH"] = arch
+        try:
+            library(True).int4_linear(x, codes, scales, n, zeros, int8=int8, out=guarded(torch.empty(m, n).half(), end))
+        finally:
+            del os.environ["FASTOPS_EMULATOR_ARCH"]

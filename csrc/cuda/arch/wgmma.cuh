@@ -42,6 +42,7 @@ __device__ __forceinline__ uint64_t wgmma_tile(const void* shared, int leading, 
 // d (+)= a b, fp32 sums; d[n] of a lane: as mma_m16n8k16's, the four warps' rows one below the other.
 //   wgmma_ss: a [64][16] and b [n][16] in shared memory, rows along k
 //   wgmma_rs: a in registers as mma_m16n8k16's, b [16][n] in shared memory, rows along n
+//   wgmma_rs_along_k: the same with b [n][16], rows along k
 template <class T, int kN>
 struct Wgmma;
 
@@ -69,15 +70,18 @@ struct Wgmma;
                    : FASTOPS_D##kN(d)                                                                               \
                    : "l"(x), "l"(y), "r"(add));                                                                     \
     }                                                                                                               \
+    template <int kAlongN>                                                                                          \
     static __device__ __forceinline__ void rs(float (&d)[kN / 8][4], const uint32_t (&x)[4], uint64_t y, int add) { \
       asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" f                                                           \
                    ", 0;\n"                                                                                         \
                    "wgmma.mma_async.sync.aligned.m64n" #kN "k16.f32." type "." type " " FASTOPS_LIST##kN            \
-                   "{%" a ", %" b ", %" c ", %" e "}, %" FASTOPS_AFTER##kN ", p, 1, 1, 1;\n}\n"                     \
+                   "{%" a ", %" b ", %" c ", %" e "}, %" FASTOPS_AFTER##kN ", p, 1, 1, %" FASTOPS_LAST##kN ";\n}\n" \
                    : FASTOPS_D##kN(d)                                                                               \
-                   : "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "l"(y), "r"(add));                                 \
+                   : "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "l"(y), "r"(add), "n"(kAlongN));                   \
     }                                                                                                               \
   };
+#define FASTOPS_LAST64 "38"
+#define FASTOPS_LAST128 "70"
 #define FASTOPS_AFTER64 "36"
 #define FASTOPS_AFTER128 "68"
 FASTOPS_WGMMA(f16, "f16", 64, "32", "33", "34", "35", "37")
@@ -85,6 +89,8 @@ FASTOPS_WGMMA(bf16, "bf16", 64, "32", "33", "34", "35", "37")
 FASTOPS_WGMMA(f16, "f16", 128, "64", "65", "66", "67", "69")
 FASTOPS_WGMMA(bf16, "bf16", 128, "64", "65", "66", "67", "69")
 #undef FASTOPS_WGMMA
+#undef FASTOPS_LAST64
+#undef FASTOPS_LAST128
 #undef FASTOPS_AFTER64
 #undef FASTOPS_AFTER128
 #undef FASTOPS_LIST64
@@ -101,7 +107,11 @@ __device__ __forceinline__ void wgmma_ss(float (&d)[kTiles][4], uint64_t a, uint
 }
 template <class T, int kTiles>
 __device__ __forceinline__ void wgmma_rs(float (&d)[kTiles][4], const uint32_t (&a)[4], uint64_t b, bool add) {
-  Wgmma<T, kTiles * 8>::rs(d, a, b, add);
+  Wgmma<T, kTiles * 8>::template rs<1>(d, a, b, add);
+}
+template <class T, int kTiles>
+__device__ __forceinline__ void wgmma_rs_along_k(float (&d)[kTiles][4], const uint32_t (&a)[4], uint64_t b, bool add) {
+  Wgmma<T, kTiles * 8>::template rs<0>(d, a, b, add);
 }
 
 }  // namespace fastops::cuda

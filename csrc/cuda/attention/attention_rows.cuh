@@ -200,14 +200,6 @@ FASTOPS_DEVICE void rescale(float (&o)[kOut][4], const float (&alphas)[2]) {
     for (int i = 0; i < 4; ++i) o[n][i] *= alphas[i / 2];
   }
 }
-template <int kTiles>
-FASTOPS_DEVICE void clear(float (&x)[kTiles][4]) {
-  FASTOPS_UNROLL
-  for (int n = 0; n < kTiles; ++n) {
-    FASTOPS_UNROLL
-    for (int i = 0; i < 4; ++i) x[n][i] = 0.0f;
-  }
-}
 
 // The end of a thread's two rows: normalised, or a partial (O, LSE) of a split.
 template <class T, int kOut>

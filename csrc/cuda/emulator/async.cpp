@@ -199,7 +199,7 @@ std::string Async::run(WarpProducts& w, const Product& p) {
     }
   for (int n = 0; n < p.columns && wrong.empty(); ++n)
     for (int k = 0; k < 16 && wrong.empty(); ++k) {
-      wrong = read(p.tile_b, p.a[0] == nullptr, n, k, &bits);
+      wrong = read(p.tile_b, p.along_k, n, k, &bits);
       B[static_cast<size_t>(n * 16 + k)] = p.number(bits);
     }
   if (!wrong.empty()) return wrong;

@@ -41,7 +41,7 @@ struct Product {
   const uint32_t* a[32];    // registers, or none
   uint64_t tile_a, tile_b;  // in shared memory
   int columns, row0;
-  bool add;
+  bool add, along_k;  // along_k: b's rows run along k
   float (*number)(uint16_t bits);
 };
 

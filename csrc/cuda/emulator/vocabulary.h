@@ -129,6 +129,33 @@ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uin
   });
 }
 
+struct MmaBytesArgs {
+  int32_t* d;
+  const uint32_t* a;
+  uint32_t b[2];
+};
+inline void mma_m16n8k32_s8u8(int32_t (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, FASTOPS_PLACE) {
+  MmaBytesArgs args{d, a, {b0, b1}};
+  Block::current().meet_warp({"mma_m16n8k32_s8u8", file, line}, &args, [](void** all) {
+    int32_t A[16][32], B[8][32];
+    for (int lane = 0; lane < emulator::kWarp; ++lane) {
+      const auto* x = static_cast<const MmaBytesArgs*>(all[lane]);
+      const int g = lane / 4, t = lane % 4;
+      for (int byte = 0; byte < 4; ++byte) {
+        for (int i = 0; i < 4; ++i)
+          A[g + i % 2 * 8][4 * t + byte + i / 2 * 16] = static_cast<int8_t>(x->a[i] >> (8 * byte));
+        for (int i = 0; i < 2; ++i) B[g][4 * t + byte + i * 16] = static_cast<uint8_t>(x->b[i] >> (8 * byte));
+      }
+    }
+    for (int lane = 0; lane < emulator::kWarp; ++lane) {
+      auto* x = static_cast<MmaBytesArgs*>(all[lane]);
+      const int g = lane / 4, t = lane % 4;
+      for (int i = 0; i < 4; ++i)
+        for (int k = 0; k < 32; ++k) x->d[i] += A[g + i / 2 * 8][k] * B[2 * t + i % 2][k];
+    }
+  });
+}
+
 // ---- math
 // ------------------------------------------------------------------------------------------------------------
 inline float ex2(float x) { return x < -126.0f ? 0.0f : std::exp2(x); }

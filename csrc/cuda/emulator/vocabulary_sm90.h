@@ -72,7 +72,7 @@ struct WgmmaArgs {
   const uint32_t* a;
   uint64_t tile_a, tile_b;
   int columns;
-  bool add;
+  bool add, along_k;
   float (*number)(uint16_t);
 };
 template <class T>
@@ -99,17 +99,22 @@ inline void wgmma(WgmmaArgs args, Place place) {
     p.columns = first.columns;
     p.row0 = warp % 4 * 16;
     p.add = first.add;
+    p.along_k = first.along_k;
     p.number = first.number;
     block.async().issue(warp, p);
   });
 }
 template <class T, int kTiles>
 inline void wgmma_ss(float (&d)[kTiles][4], uint64_t a, uint64_t b, bool add, FASTOPS_PLACE) {
-  wgmma({&d[0][0], nullptr, a, b, kTiles * 8, add, &number_of<T>}, {"wgmma_ss", file, line});
+  wgmma({&d[0][0], nullptr, a, b, kTiles * 8, add, true, &number_of<T>}, {"wgmma_ss", file, line});
 }
 template <class T, int kTiles>
 inline void wgmma_rs(float (&d)[kTiles][4], const uint32_t (&a)[4], uint64_t b, bool add, FASTOPS_PLACE) {
-  wgmma({&d[0][0], a, 0, b, kTiles * 8, add, &number_of<T>}, {"wgmma_rs", file, line});
+  wgmma({&d[0][0], a, 0, b, kTiles * 8, add, false, &number_of<T>}, {"wgmma_rs", file, line});
+}
+template <class T, int kTiles>
+inline void wgmma_rs_along_k(float (&d)[kTiles][4], const uint32_t (&a)[4], uint64_t b, bool add, FASTOPS_PLACE) {
+  wgmma({&d[0][0], a, 0, b, kTiles * 8, add, true, &number_of<T>}, {"wgmma_rs_along_k", file, line});
 }
 inline void wgmma_commit(FASTOPS_PLACE) {
   Block::current().meet_warp({"wgmma_commit", file, line}, nullptr, [](void**) {

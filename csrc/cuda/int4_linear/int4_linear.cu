@@ -1,7 +1,10 @@
 // The INT4 product's C API on a GPU: checks, the choice of tile and splits, the launches.
 #include "core/checks.h"
+#include "cuda/int4_linear/int4_linear_int8.cuh"
 #include "cuda/int4_linear/int4_linear_sm80.cuh"
+#include "cuda/int4_linear/int4_linear_sm90.cuh"
 #include "cuda/launch.h"
+#include "cuda/tensor_map.h"
 
 #if !defined(__CUDACC_RTC__)  // the rest is the host's
 namespace fastops::cuda {
@@ -10,6 +13,8 @@ namespace {
 struct Plan {
   Int4Args a{};
   int tiles = 0;
+  bool hopper = false, int8 = false;
+  TensorMap x{};  // hopper
   size_t bytes = 0;
 };
 
@@ -47,7 +52,7 @@ bool check(const fastops_int4_linear_desc& d, Int4Args* a, Checks& c) {
                          (d.bias.dtype == FASTOPS_F32 || c.fail(FASTOPS_ERR_TYPE, "bias must be float32"))))
     return false;
   if (d.x.dtype == FASTOPS_F32) return refuse(c, "x is float32 (the kernel takes float16, bfloat16)");
-  if (d.int8) return refuse(c, "int8 activations");
+  if (d.int8 && K != Kx && Kx % 16 != 0) return refuse(c, "int8 activations and planes of no multiple of 16 columns");
   if (given(d.perm)) return refuse(c, "a permutation: gather the columns of x first");
   if (groups > 1 && K / groups % 32 != 0) return refuse(c, "groups that are not a multiple of 32 columns");
   if (reinterpret_cast<uintptr_t>(d.x.data) % 16 != 0 || d.x.stride[0] % 8 != 0 || Kx % 8 != 0 ||
@@ -80,6 +85,8 @@ bool check(const fastops_int4_linear_desc& d, Int4Args* a, Checks& c) {
   return true;
 }
 
+int64_t pitch_of(const Int4Args& a) { return (a.Kx + 15) / 16 * 16; }  // bytes of a row of x in int8
+
 fastops_status plan_of(const fastops_int4_linear_desc& d, fastops_cuda_env* env, Plan* plan) {
   Device device;
   const fastops_status status = device_of(env, &device);
@@ -87,17 +94,48 @@ fastops_status plan_of(const fastops_int4_linear_desc& d, fastops_cuda_env* env,
   Checks c("int4_linear", env->message);
   Int4Args& a = plan->a;
   if (!check(d, &a, c)) return c.status();
+  plan->int8 = d.int8 != 0;
+  plan->hopper = int4_use_hopper(device.sm90a && !plan->int8, a.M, a.K, a.Kx, a.group_size) &&
+                 tensor_map({a.x, {a.Kx, a.M, 1, 1}, {a.ldx, 8, 8}, kInt4HopperRows}, env, &plan->x);
+  if (plan->hopper) {
+    a.splits = 1;
+    if (a.zeros || a.mins) plan->bytes = static_cast<size_t>(a.M * a.groups) * sizeof(float);
+    return FASTOPS_OK;
+  }
   plan->tiles = int4_tiles(a.M);
   const int64_t blocks = (a.N + kInt4Columns - 1) / kInt4Columns * ((a.M + 16 * plan->tiles - 1) / (16 * plan->tiles));
   const int64_t chunks = (a.K + kInt4Depth - 1) / kInt4Depth, splits = int4_splits(blocks, a.K, device.sm_count);
   a.split_chunks = (chunks + splits - 1) / splits;
   a.splits = (chunks + a.split_chunks - 1) / a.split_chunks;  // none of them empty
   if (a.splits > 1) plan->bytes = static_cast<size_t>(a.splits * a.M * a.N) * sizeof(float);
+  if (plan->int8) {
+    plan->bytes = (plan->bytes + 15) / 16 * 16;
+    plan->bytes += static_cast<size_t>(a.M * (pitch_of(a) + (1 + a.groups) * static_cast<int64_t>(sizeof(float))));
+  }
   return FASTOPS_OK;
 }
 
 template <class T, int kTiles>
-fastops_status run(const Int4Args& a, fastops_cuda_env* env) {
+fastops_status run_int8(const Int4Args& a, fastops_cuda_env* env) {
+  const size_t parts = a.splits > 1 ? static_cast<size_t>(a.splits * a.M * a.N) * sizeof(float) : 0;
+  Int4Int8Args args{a, reinterpret_cast<int8_t*>(static_cast<char*>(env->workspace) + (parts + 15) / 16 * 16), nullptr,
+                    nullptr, pitch_of(a)};
+  args.row_scale = reinterpret_cast<float*>(args.x + a.M * args.pitch);
+  args.sums = args.row_scale + a.M;
+  fastops_status status = launch<int4_round_rows<T>>({a.M, 1, 1, kInt4Threads, 33 * sizeof(float)}, env, args);
+  if (status == FASTOPS_OK)
+    status = launch<int4_gemm_int8<T, kTiles>>(
+        {(a.N + kInt4Columns - 1) / kInt4Columns, (a.M + 16 * kTiles - 1) / (16 * kTiles), a.splits, kInt4Threads,
+         int4_int8_stage_bytes(kTiles) * kInt4Stages},
+        env, args);
+  if (status == FASTOPS_OK && a.splits > 1)
+    status = launch<int4_add<T>>({(a.M * a.N + kInt4Threads - 1) / kInt4Threads, 1, 1, kInt4Threads, 0}, env, a);
+  return status;
+}
+
+template <class T, int kTiles>
+fastops_status run(const Int4Args& a, bool int8, fastops_cuda_env* env) {
+  if (int8) return run_int8<T, kTiles>(a, env);
   const Grid grid{(a.N + kInt4Columns - 1) / kInt4Columns, (a.M + 16 * kTiles - 1) / (16 * kTiles), a.splits,
                   kInt4Threads, int4_stage_bytes(kTiles) * kInt4Stages};
   fastops_status status = a.zeros || a.mins ? launch<int4_gemm<T, kTiles, true>>(grid, env, a)
@@ -108,9 +146,23 @@ fastops_status run(const Int4Args& a, fastops_cuda_env* env) {
 }
 
 template <class T>
+fastops_status run_hopper(const Plan& plan, fastops_cuda_env* env) {
+  const Int4Args& a = plan.a;
+  const Int4HopperArgs args{a, plan.x, static_cast<float*>(env->workspace)};
+  const Grid grid{(a.N + kInt4Columns - 1) / kInt4Columns, (a.M + kInt4HopperRows - 1) / kInt4HopperRows, 1,
+                  kInt4HopperThreads, int4_hopper_shared()};
+  if (!a.zeros && !a.mins) return launch<int4_gemm_sm90<T, false>>(grid, env, args);
+  constexpr int kWarps = kInt4Threads / 32;
+  const fastops_status status =
+      launch<int4_sums<T>>({(a.groups + kWarps - 1) / kWarps, a.M, 1, kInt4Threads, 0}, env, args);
+  return status == FASTOPS_OK ? launch<int4_gemm_sm90<T, true>>(grid, env, args) : status;
+}
+
+template <class T>
 fastops_status run_tiles(const Plan& plan, fastops_cuda_env* env) {
-  if (plan.tiles == 1) return run<T, 1>(plan.a, env);
-  return plan.tiles == 2 ? run<T, 2>(plan.a, env) : run<T, 4>(plan.a, env);
+  if (plan.hopper) return run_hopper<T>(plan, env);
+  if (plan.tiles == 1) return run<T, 1>(plan.a, plan.int8, env);
+  return plan.tiles == 2 ? run<T, 2>(plan.a, plan.int8, env) : run<T, 4>(plan.a, plan.int8, env);
 }
 
 }  // namespace
@@ -136,7 +188,7 @@ extern "C" fastops_status fastops_cuda_int4_linear(const fastops_int4_linear_des
     return FASTOPS_ERR_WORKSPACE;
   }
   plan.a.partial = static_cast<float*>(env->workspace);
-  env->variant = "sm80";
+  env->variant = plan.hopper ? "sm90a" : "sm80";
   if (plan.a.M == 0 || plan.a.N == 0) return FASTOPS_OK;
   return desc->x.dtype == FASTOPS_F16 ? run_tiles<f16>(plan, env) : run_tiles<bf16>(plan, env);
 }

@@ -7,6 +7,16 @@ namespace fastops::cuda {
 constexpr float kLog2e = 1.44269504088896341f;
 constexpr float kLn2 = 0.693147180559945309f;
 
+// Sums of tiles of products, before the first.
+template <int kTiles>
+FASTOPS_DEVICE void clear(float (&x)[kTiles][4]) {
+  FASTOPS_UNROLL
+  for (int n = 0; n < kTiles; ++n) {
+    FASTOPS_UNROLL
+    for (int i = 0; i < 4; ++i) x[n][i] = 0.0f;
+  }
+}
+
 // The larger one; a NaN wins.
 FASTOPS_DEVICE float maximum_or_nan(float a, float b) { return a != a ? a : b != b ? b : maximum(a, b); }
 
