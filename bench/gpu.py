@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastops
+from fastops import kv
 
 Ways = dict[str, Callable[[], Any]]
 
@@ -64,6 +65,53 @@ def attention_cases(device: str, small: bool) -> list[tuple[str, float, float, W
     return out
 
 
+def quantised_cases(device: str, small: bool) -> list[tuple[str, float, float, Ways]]:
+    """Decode on quantised caches, against our own bf16 cache."""
+    out = []
+    b, s, hq, hkv, d, page = (2, 64, 4, 2, 64, 32) if small else (16, 8192, 32, 8, 128, 64)
+    pages = -(-s // page)
+    table = torch.arange(b * pages, dtype=torch.int32, device=device).view(b, pages)
+    lens = torch.full((b,), s, dtype=torch.int32, device=device)
+    q = torch.randn(b, hq, d, device=device, dtype=torch.bfloat16)
+    k, v = (torch.randn(b * pages, page, hkv, d, device=device, dtype=torch.bfloat16) for _ in range(2))
+    size = 4.0 * b * s * hkv * d
+    for name, bits in (("fp8_token", 8), ("kv4", 4)):
+        cache = kv.PagedCache(name, b * pages, page, hkv, d, dtype=torch.bfloat16, device=device)
+        zero = torch.zeros(b, dtype=torch.int32, device=device)
+        cu = torch.arange(b + 1, dtype=torch.int32, device=device) * s
+        kv.append(
+            cache, *(torch.randn(b * s, hkv, d, device=device, dtype=torch.bfloat16) for _ in range(2)), table, zero, cu
+        )
+        ways: Ways = {
+            "fastops": lambda c=cache: fastops.attention_paged(q, c.k, c.v, table, lens, quant=c.quant),
+            "fastops bf16": lambda: fastops.attention_paged(q, k, v, table, lens),
+        }
+        out.append((f"decode {name} B{b} H{hq}/{hkv} KV{s} D{d}", 4.0 * b * hq * s * d, size * bits / 16, ways))
+    return out
+
+
+def backward_cases(device: str, small: bool) -> list[tuple[str, float, float, Ways]]:
+    """Forward and backward of attention, by autograd."""
+    out = []
+    for b, s, hq, hkv, d in [(1, 40, 4, 2, 64)] if small else [(2, 4096, 32, 8, 128), (4, 4096, 16, 16, 64)]:
+        q, k, v = (
+            torch.randn(b, s, h, d, device=device, dtype=torch.bfloat16, requires_grad=True) for h in (hq, hkv, hkv)
+        )
+
+        def run(f: Callable[[], Any], leaves: Any = (q, k, v)) -> Any:
+            with torch.enable_grad():
+                return torch.autograd.grad(f().sum(), leaves)
+
+        ours = lambda q=q, k=k, v=v: fastops.attention(q, k, v, causal=True)  # noqa: E731
+        ways: Ways = {"fastops": lambda f=ours, r=run: r(f)}
+        for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
+            theirs = sdpa(q, k, v, backend, True)
+            ways[f"torch {backend.name.lower()}"] = lambda f=theirs, r=run: r(f)
+        name = f"forward and backward causal B{b} H{hq}/{hkv} S{s} D{d}"
+        out.append((name, 7.0 * b * hq * s * s * d, 2.0 * b * s * d * (6 * hq + 6 * hkv), ways))
+    return out
+
+
 def int4_cases(device: str, small: bool) -> list[tuple[str, float, float, Ways]]:
     out = []
     for n, k in [(136, 256)] if small else [(4096, 4096), (14336, 4096), (4096, 14336)]:
@@ -75,6 +123,7 @@ def int4_cases(device: str, small: bool) -> list[tuple[str, float, float, Ways]]
                 "fastops": lambda x=x, w=weight: fastops.int4_linear(x, w),
                 "cublas fp16": lambda x=x, w=dense: F.linear(x, w),
             }
+            ways["fastops int8"] = lambda x=x, w=weight: fastops.int4_linear(x, w, activations="int8")
             out.append((f"int4_linear M{m} N{n} K{k}", 2.0 * m * n * k, n * k / 2 + 2.0 * m * (n + k), ways))
     return out
 
@@ -132,6 +181,9 @@ def measure(ways: Ways, repeats: int) -> dict[str, float]:
     return {name: statistics.median(t) for name, t in times.items()}
 
 
+CASES = (attention_cases, quantised_cases, backward_cases, int4_cases, fused_cases)
+
+
 def main() -> int:
     p = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     p.add_argument("--json", help="keep the results in this file")
@@ -144,12 +196,12 @@ def main() -> int:
     names = ("attention", "attention_paged", "int4_linear", "rms_norm", "fused_add_rms_norm", "silu_and_mul")
     results = []
     with torch.no_grad(), fastops.override(**dict.fromkeys(names, provider)):
-        for name, flops, size, ways in (
-            c for f in (attention_cases, int4_cases, fused_cases) for c in f(device, small)
-        ):
+        for name, flops, size, ways in (c for f in CASES for c in f(device, small)):
             print(name)
             if small:
-                ways["fastops"]()
+                for way, run in ways.items():
+                    if way.startswith("fastops"):
+                        run()
                 if not args.dry_run:
                     torch.cuda.synchronize()
                 continue

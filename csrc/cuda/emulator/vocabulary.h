@@ -55,6 +55,10 @@ inline void cp_async16(void* shared, const void* global, bool valid, FASTOPS_PLA
   Block::current().copy(static_cast<char*>(shared), valid ? static_cast<const char*>(global) : nullptr,
                         {"cp_async16", file, line});
 }
+inline uint64_t cache_policy(bool) { return 0; }
+inline void cp_async16(void* shared, const void* global, bool valid, uint64_t, FASTOPS_PLACE) {
+  cp_async16(shared, global, valid, file, line);
+}
 inline void cp_async_commit() { Block::current().commit(); }
 template <int N>
 inline void cp_async_wait() {

@@ -60,6 +60,7 @@ int4_gemm_int8(const Int4Int8Args args) {
   const auto code_at = [](int block, int octet, int quarter) {
     return block * kBlockBytes + octet * 64 + (quarter ^ ((octet >> 1 & 1) << 1)) * 16;
   };
+  const uint64_t policy = cache_policy(a.M <= kRows);
   const auto load = [&](int64_t chunk) {
     char* xs = x_of(chunk);
     FASTOPS_UNROLL_BY(1)
@@ -76,7 +77,7 @@ int4_gemm_int8(const Int4Int8Args args) {
       const int64_t b = column0 / 16 + block, k8 = chunk * kOctets + octet;
       const bool there = b * 16 < a.N && k8 * 8 < a.K;
       cp_async16(codes + code_at(block, octet, quarter),
-                 there ? a.codes + (b * (a.K / 8) + k8) * 64 + quarter * 16 : a.codes, there);
+                 there ? a.codes + (b * (a.K / 8) + k8) * 64 + quarter * 16 : a.codes, there, policy);
     }
   };
 

@@ -61,6 +61,7 @@ int4_gemm(const Int4Args a) {
     return block * kBlockBytes + octet * 64 + (quarter ^ ((octet >> 1 & 1) << 1)) * 16;
   };
 
+  const uint64_t policy = cache_policy(a.M <= kRows);  // of the codes: no other block will read them then
   const auto load = [&](int64_t chunk) {
     char* xs = x_of(chunk);
     FASTOPS_UNROLL_BY(1)
@@ -78,7 +79,7 @@ int4_gemm(const Int4Args a) {
       const int64_t b = column0 / 16 + block, k8 = chunk * kOctets + octet;
       const bool there = b * 16 < a.N && k8 * 8 < a.K;
       const uint8_t* from = there ? a.codes + (b * (a.K / 8) + k8) * 64 + quarter * 16 : a.codes;
-      cp_async16(codes + code_at(block, octet, quarter), from, there);
+      cp_async16(codes + code_at(block, octet, quarter), from, there, policy);
     }
   };
 
