@@ -8,7 +8,6 @@ binding would (its price on a GPU machine is not measured yet); kernels are only
 from __future__ import annotations
 
 import ctypes
-import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -20,143 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastops import _cuda_structs as c
 from fastops import _nvrtc, _ops
 from fastops.dispatch.record import Call, Implementation
 from fastops.errors import FallbackWarning, NotSupportedError
 from fastops.ops import _common as common
-
-_MAX_DIMS = 5
-_MESSAGE = 512
-_OK, _VALUE, _TYPE, _UNSUPPORTED, _INTERNAL, _WORKSPACE = range(6)
-_DTYPES = {
-    torch.float32: 1, torch.float16: 2, torch.bfloat16: 3, torch.int32: 4, torch.int64: 5, torch.bool: 6,
-    torch.float64: 7, torch.uint8: 8, torch.int8: 9, torch.float8_e4m3fn: 10,
-}  # fmt: skip
-
-
-class _Tensor(ctypes.Structure):
-    _fields_ = (
-        ("data", ctypes.c_void_p), ("size", ctypes.c_int64 * _MAX_DIMS), ("stride", ctypes.c_int64 * _MAX_DIMS),
-        ("ndim", ctypes.c_int32), ("dtype", ctypes.c_int32),
-    )  # fmt: skip
-
-
-class _Env(ctypes.Structure):
-    _fields_ = (
-        ("struct_size", ctypes.c_uint32), ("arch", ctypes.c_int32), ("sm_count", ctypes.c_int32),
-        ("reserved", ctypes.c_int32), ("stream", ctypes.c_void_p), ("workspace", ctypes.c_void_p),
-        ("workspace_size", ctypes.c_size_t), ("message", ctypes.c_char_p), ("variant", ctypes.c_char_p),
-        ("seed", ctypes.c_uint64), ("start", ctypes.c_void_p),
-    )  # fmt: skip
-
-
-_ATTENTION_TENSORS = (
-    "q", "k", "v", "out", "lse", "cu_seqlens_q", "cu_seqlens_k", "block_table", "seq_lens", "bias", "sinks",
-    "alibi_slopes",
-)  # fmt: skip
-
-
-class _Attention(ctypes.Structure):
-    _fields_ = (
-        ("struct_size", ctypes.c_uint32), ("align", ctypes.c_int32), *((n, _Tensor) for n in _ATTENTION_TENSORS),
-        ("scale", ctypes.c_float), ("softcap", ctypes.c_float), ("window_left", ctypes.c_int64),
-        ("window_right", ctypes.c_int64), ("kv", ctypes.c_void_p),
-    )  # fmt: skip
-
-
-_KV_TENSORS = (
-    "k_scale", "k_zero", "k_min", "v_scale", "v_zero", "v_min", "k_recent", "v_recent", "packed_lens",
-)  # fmt: skip
-
-
-class _KVQuant(ctypes.Structure):
-    _fields_ = (
-        ("struct_size", ctypes.c_uint32), ("k_bits", ctypes.c_int32), ("v_bits", ctypes.c_int32),
-        ("reserved", ctypes.c_int32), *((n, _Tensor) for n in _KV_TENSORS),
-    )  # fmt: skip
-
-
-class _AttentionBackward(ctypes.Structure):
-    _fields_ = (
-        ("struct_size", ctypes.c_uint32), ("reserved", ctypes.c_int32), ("fwd", _Attention),
-        *((n, _Tensor) for n in ("dout", "dlse", "dq", "dk", "dv", "dsinks")),
-    )  # fmt: skip
-
-
-class _Norm(ctypes.Structure):
-    _fields_ = (
-        ("struct_size", ctypes.c_uint32), ("layer", ctypes.c_int32),
-        *((n, _Tensor) for n in ("x", "residual", "sum", "weight", "bias", "out", "scales", "mean", "rstd")),
-        ("eps", ctypes.c_float), ("weight_offset", ctypes.c_float),
-    )  # fmt: skip
-
-
-class _NormBackward(ctypes.Structure):
-    _fields_ = (
-        ("struct_size", ctypes.c_uint32), ("layer", ctypes.c_int32),
-        *((n, _Tensor) for n in ("dout", "s", "dsum", "weight", "mean", "rstd", "ds", "dweight", "dbias")),
-        ("weight_offset", ctypes.c_float),
-    )  # fmt: skip
-
-
-class _Gated(ctypes.Structure):
-    _fields_ = (
-        ("struct_size", ctypes.c_uint32), ("activation", ctypes.c_int32),
-        *((n, _Tensor) for n in ("gate", "up", "out", "dout", "dgate", "dup")),
-    )  # fmt: skip
-
-
-class _MergeStates(ctypes.Structure):
-    _fields_ = (
-        ("struct_size", ctypes.c_uint32), ("count", ctypes.c_int32), ("outs", ctypes.POINTER(_Tensor)),
-        ("lses", ctypes.POINTER(_Tensor)), ("out", _Tensor), ("lse", _Tensor),
-    )  # fmt: skip
-
-
-class _Rope(ctypes.Structure):
-    _fields_ = (
-        ("struct_size", ctypes.c_uint32), ("interleaved", ctypes.c_int32), ("inverse", ctypes.c_int32),
-        *((n, _Tensor) for n in ("q", "q_out", "k", "k_out", "cos", "sin", "positions", "q_weight", "k_weight", "v",
-                                 "k_cache", "v_cache", "slots")),
-        ("eps", ctypes.c_float), ("weight_offset", ctypes.c_float),
-    )  # fmt: skip
-
-
-class _Int4Linear(ctypes.Structure):
-    _fields_ = (
-        ("struct_size", ctypes.c_uint32), ("int8", ctypes.c_int32),
-        *((n, _Tensor) for n in ("x", "out", "codes", "scales", "zeros", "mins", "perm", "bias")),
-        ("eight", ctypes.c_int32), ("column_scales", _Tensor), ("column_zeros", _Tensor),
-    )  # fmt: skip
-
-
-def _describe(
-    q: Tensor, causal: bool, scale: float | None, left: int, right: int, softcap: float, top_left: bool
-) -> _Attention:
-    """The numbers of an attention call."""
-    return _Attention(
-        struct_size=ctypes.sizeof(_Attention), align=int(top_left), softcap=softcap, window_left=left,
-        window_right=0 if causal else right,
-        scale=1.0 / math.sqrt(max(q.shape[-1], 1)) if scale is None else scale,
-    )  # fmt: skip
-
-
-def _fill(desc: Any, **tensors: Tensor | None) -> Any:
-    for name, t in tensors.items():
-        setattr(desc, name, _view(t))
-    return desc
-
-
-def _view(t: Tensor | None) -> _Tensor:
-    r = _Tensor()
-    if t is None:
-        return r
-    if t.dim() > _MAX_DIMS:
-        raise ValueError(f"a tensor has {t.dim()} dimensions, at most {_MAX_DIMS} are known")
-    r.data, r.ndim, r.dtype = t.data_ptr(), t.dim(), _DTYPES.get(t.dtype, 0)
-    for i, (n, s) in enumerate(zip(t.shape, t.stride(), strict=True)):
-        r.size[i], r.stride[i] = n, s
-    return r
 
 
 class Library:
@@ -181,7 +48,7 @@ class Library:
             return
         self.lib.fastops_cuda_archs.restype = ctypes.c_char_p
 
-    def prepare(self, env: _Env, device: torch.device) -> None:
+    def prepare(self, env: c.Env, device: torch.device) -> None:
         """What a call's environment says beside its workspace."""
         if self.emulated:
             env.seed = int(os.environ.get("FASTOPS_EMULATOR_SEED", "0"))
@@ -194,8 +61,8 @@ class Library:
 
     def call(self, name: str, desc: ctypes.Structure, like: Tensor, workspace: bool = False) -> None:
         """Runs fastops_cuda_<name>. What it refuses is raised, with its sentence."""
-        message = ctypes.create_string_buffer(_MESSAGE)
-        env = _Env(struct_size=ctypes.sizeof(_Env), message=ctypes.cast(message, ctypes.c_char_p))
+        message = ctypes.create_string_buffer(c.MESSAGE)
+        env = c.Env(struct_size=ctypes.sizeof(c.Env), message=ctypes.cast(message, ctypes.c_char_p))
         scratch = None  # kept until the launch: the stream's allocator reuses it only behind the kernel
         self.prepare(env, like.device)
         if workspace:
@@ -211,10 +78,10 @@ class Library:
 
     @staticmethod
     def _check(status: int, message: Any) -> None:
-        if status == _OK:
+        if status == c.OK:
             return
         text = message.value.decode()
-        kinds = {_VALUE: ValueError, _TYPE: TypeError, _UNSUPPORTED: NotSupportedError}
+        kinds = {c.VALUE: ValueError, c.TYPE: TypeError, c.UNSUPPORTED: NotSupportedError}
         raise kinds.get(status, RuntimeError)(text)
 
     def attention(
@@ -244,12 +111,12 @@ class Library:
         if lse is None and return_lse:
             shape = (q.shape[0], q.shape[2], q.shape[1]) if q.dim() == 4 else (q.shape[1], q.shape[0])
             lse = q.new_empty(shape, dtype=torch.float32)
-        desc = _describe(q, causal, scale, window_left, window_right, softcap, top_left)
-        kv = _KVQuant(struct_size=ctypes.sizeof(_KVQuant), k_bits=k_bits, v_bits=v_bits)
-        _fill(kv, **{name: tensors.pop(name, None) for name in _KV_TENSORS})
+        desc = c.describe_attention(q, causal, scale, window_left, window_right, softcap, top_left)
+        kv = c.KVQuant(struct_size=ctypes.sizeof(c.KVQuant), k_bits=k_bits, v_bits=v_bits)
+        c.fill(kv, **{name: tensors.pop(name, None) for name in c.KV_TENSORS})
         if k.dtype != q.dtype or v.dtype != q.dtype:
             desc.kv = ctypes.addressof(kv)
-        self.call("attention", _fill(desc, q=q, k=k, v=v, out=out, lse=lse, **tensors), q, workspace=True)
+        self.call("attention", c.fill(desc, q=q, k=k, v=v, out=out, lse=lse, **tensors), q, workspace=True)
         return out, q.new_empty((0,), dtype=torch.float32) if lse is None else lse
 
     def attention_backward(
@@ -274,18 +141,18 @@ class Library:
         """Dense and ragged; dsinks is empty without sinks."""
         dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
         dsinks = None if sinks is None else torch.empty_like(sinks)
-        desc = _AttentionBackward(struct_size=ctypes.sizeof(_AttentionBackward))
-        desc.fwd = _describe(q, causal, scale, window_left, window_right, softcap, top_left)
-        _fill(desc.fwd, q=q, k=k, v=v, out=out, lse=lse, sinks=sinks, **tensors)
-        _fill(desc, dout=dout, dlse=dlse, dq=dq, dk=dk, dv=dv, dsinks=dsinks)
+        desc = c.AttentionBackward(struct_size=ctypes.sizeof(c.AttentionBackward))
+        desc.fwd = c.describe_attention(q, causal, scale, window_left, window_right, softcap, top_left)
+        c.fill(desc.fwd, q=q, k=k, v=v, out=out, lse=lse, sinks=sinks, **tensors)
+        c.fill(desc, dout=dout, dlse=dlse, dq=dq, dk=dk, dv=dv, dsinks=dsinks)
         self.call("attention_bwd", desc, q, workspace=True)
         return dq, dk, dv, q.new_empty((0,), dtype=torch.float32) if dsinks is None else dsinks
 
     def merge_states(self, outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         n, out, lse = len(outs), outs[0].new_empty(outs[0].shape), lses[0].new_empty(lses[0].shape)
-        states = [(_Tensor * n)(*map(_view, ts)) for ts in (outs, lses)]
-        desc = _MergeStates(struct_size=ctypes.sizeof(_MergeStates), count=n, outs=states[0], lses=states[1])
-        self.call("merge_states", _fill(desc, out=out, lse=lse), outs[0])
+        states = [(c.TensorView * n)(*map(c.view, ts)) for ts in (outs, lses)]
+        desc = c.MergeStates(struct_size=ctypes.sizeof(c.MergeStates), count=n, outs=states[0], lses=states[1])
+        self.call("merge_states", c.fill(desc, out=out, lse=lse), outs[0])
         return out, lse
 
     def norm(
@@ -311,9 +178,9 @@ class Library:
         numbers = [
             x.new_empty(rows, dtype=torch.float32) if given else None for given in (quant, stats and layer, stats)
         ]
-        desc = _Norm(struct_size=ctypes.sizeof(_Norm), layer=int(layer), eps=eps, weight_offset=weight_offset)
-        _fill(desc, x=x, residual=residual, sum=total, weight=weight, bias=bias, out=out)
-        self.call("norm", _fill(desc, scales=numbers[0], mean=numbers[1], rstd=numbers[2]), x)
+        desc = c.Norm(struct_size=ctypes.sizeof(c.Norm), layer=int(layer), eps=eps, weight_offset=weight_offset)
+        c.fill(desc, x=x, residual=residual, sum=total, weight=weight, bias=bias, out=out)
+        self.call("norm", c.fill(desc, scales=numbers[0], mean=numbers[1], rstd=numbers[2]), x)
         scales, mean, rstd = (none if t is None else t for t in numbers)
         return out, x.new_empty((0,)) if total is None else total, scales, mean, rstd
 
@@ -335,22 +202,22 @@ class Library:
         none = s.new_empty((0,), dtype=torch.float32)
         ds = s.new_empty(s.shape)
         sums = [s.new_zeros(s.shape[-1], dtype=torch.float32) if given else None for given in (dweight, dbias)]
-        desc = _NormBackward(struct_size=ctypes.sizeof(_NormBackward), layer=int(layer), weight_offset=weight_offset)
-        _fill(desc, dout=dout, s=s, dsum=dsum, weight=weight, mean=mean if layer else None, rstd=rstd, ds=ds)
-        self.call("norm_bwd", _fill(desc, dweight=sums[0], dbias=sums[1]), s, workspace=True)
+        desc = c.NormBackward(struct_size=ctypes.sizeof(c.NormBackward), layer=int(layer), weight_offset=weight_offset)
+        c.fill(desc, dout=dout, s=s, dsum=dsum, weight=weight, mean=mean if layer else None, rstd=rstd, ds=ds)
+        self.call("norm_bwd", c.fill(desc, dweight=sums[0], dbias=sums[1]), s, workspace=True)
         dw, db = (none if t is None else t for t in sums)
         return ds, dw, db
 
     def gated(self, gate: Tensor, up: Tensor, activation: int, out: Tensor | None = None) -> Tensor:
         out = gate.new_empty(gate.shape) if out is None else out
-        desc = _Gated(struct_size=ctypes.sizeof(_Gated), activation=activation)
-        self.call("gated", _fill(desc, gate=gate, up=up, out=out), gate)
+        desc = c.Gated(struct_size=ctypes.sizeof(c.Gated), activation=activation)
+        self.call("gated", c.fill(desc, gate=gate, up=up, out=out), gate)
         return out
 
     def gated_backward(self, dout: Tensor, gate: Tensor, up: Tensor, activation: int) -> tuple[Tensor, Tensor]:
         dgate, dup = gate.new_empty(gate.shape), up.new_empty(up.shape)
-        desc = _Gated(struct_size=ctypes.sizeof(_Gated), activation=activation)
-        self.call("gated", _fill(desc, gate=gate, up=up, dout=dout, dgate=dgate, dup=dup), gate)
+        desc = c.Gated(struct_size=ctypes.sizeof(c.Gated), activation=activation)
+        self.call("gated", c.fill(desc, gate=gate, up=up, dout=dout, dgate=dgate, dup=dup), gate)
         return dgate, dup
 
     def int4_linear(
@@ -374,8 +241,8 @@ class Library:
         if perm is not None:
             x = x.index_select(1, perm.long())
         out = x.new_empty((x.shape[0], n)) if out is None else out
-        desc = _Int4Linear(struct_size=ctypes.sizeof(_Int4Linear), int8=int(int8), eight=int(eight))
-        _fill(desc, x=x, out=out, codes=codes, scales=scales, zeros=zeros, mins=mins, bias=bias,
+        desc = c.Int4Linear(struct_size=ctypes.sizeof(c.Int4Linear), int8=int(int8), eight=int(eight))
+        c.fill(desc, x=x, out=out, codes=codes, scales=scales, zeros=zeros, mins=mins, bias=bias,
               column_scales=column_scales, column_zeros=column_zeros)  # fmt: skip
         self.call("int4_linear", desc, x, workspace=True)
         return out
@@ -399,9 +266,9 @@ class Library:
         q_out = q.new_empty(q.shape) if q_out is None else q_out
         if k is not None and k_out is None and tensors.get("slots") is None:
             k_out = k.new_empty(k.shape)
-        desc = _Rope(struct_size=ctypes.sizeof(_Rope), interleaved=int(interleaved), inverse=int(inverse), eps=eps,
+        desc = c.Rope(struct_size=ctypes.sizeof(c.Rope), interleaved=int(interleaved), inverse=int(inverse), eps=eps,
                      weight_offset=weight_offset)  # fmt: skip
-        self.call("rope", _fill(desc, q=q, q_out=q_out, k=k, k_out=k_out, cos=cos, sin=sin, **tensors), q)
+        self.call("rope", c.fill(desc, q=q, q_out=q_out, k=k, k_out=k_out, cos=cos, sin=sin, **tensors), q)
         return q_out, q.new_empty((0,)) if k_out is None else k_out
 
 
@@ -416,7 +283,7 @@ class NvrtcLibrary(Library):
     def archs(self) -> str:
         return "whatever NVRTC compiles"
 
-    def prepare(self, env: _Env, device: torch.device) -> None:
+    def prepare(self, env: c.Env, device: torch.device) -> None:
         super().prepare(env, device)
         major, minor = torch.cuda.get_device_capability(device)
         env.arch, env.sm_count = 10 * major + minor, torch.cuda.get_device_properties(device).multi_processor_count

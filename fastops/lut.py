@@ -8,11 +8,11 @@ y = fastops.lut_linear(x, weight)
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastops._parts import TensorParts
 from fastops.int4.weight import FLOATS, pack_pairs, unpack_pairs
 
 RUN = 32  # input features whose codes lie in 16 packed bytes
@@ -29,7 +29,7 @@ class Packed:
     rest: dict[str, Tensor | None]
 
 
-class LutWeight:
+class LutWeight(TensorParts):
     """A weight [N, K] of 4-bit (or 3-bit) codes into a table per output feature, and a sparse part.
 
         w[n, k] = table[n, code[n, k]] + sum of values[i] over i in row n with columns[i] = k
@@ -47,6 +47,8 @@ class LutWeight:
         ValueError, TypeError: a wrong shape, dtype, device or value; names the tensor.
     """
 
+    PARTS = PARTS
+
     def __init__(
         self, codes: Tensor, table: Tensor, row_starts: Tensor | None = None, columns: Tensor | None = None,
         values: Tensor | None = None,
@@ -59,15 +61,6 @@ class LutWeight:
     def shape(self) -> torch.Size:
         """[N, K]."""
         return torch.Size((self.codes.shape[0], 2 * self.codes.shape[1]))
-
-    @property
-    def device(self) -> torch.device:
-        return self.codes.device
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(t.numel() * t.element_size() for t in self.state_dict().values())
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """[N, K], computed in fp32 (fp64 for fp64)."""
@@ -94,33 +87,6 @@ class LutWeight:
                 rest["values"] = self.values.float()
             self._packed = Packed((codes[:, :, 0] | codes[:, :, 1] << 4).contiguous(), table.contiguous(), rest)
         return self._packed
-
-    def to(self, device: Any) -> LutWeight:
-        """A copy on `device` (self, if it is there already)."""
-        if torch.device(device) == self.device:
-            return self
-        return LutWeight(**{n: t.to(device) for n, t in self.state_dict().items()})
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The tensors that are there, by name."""
-        return {n: t for n in PARTS if (t := getattr(self, n)) is not None}
-
-    @classmethod
-    def from_state_dict(cls, tensors: dict[str, Tensor]) -> LutWeight:
-        """The inverse of `state_dict`."""
-        for name in tensors:
-            if name not in PARTS:
-                raise ValueError(f"LutWeight: unknown tensor {name!r}, known: {', '.join(PARTS)}")
-        for name in PARTS[:2]:
-            if name not in tensors:
-                raise ValueError(f"LutWeight: {name} is missing")
-        return cls(**tensors)
-
-    def __getstate__(self) -> dict[str, Tensor]:
-        return self.state_dict()
-
-    def __setstate__(self, state: dict[str, Tensor]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
 
     def __repr__(self) -> str:
         n, k = self.shape

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastops import _ops
+from fastops._parts import TensorParts
 
 BLOCK = 16  # output features that lie together in the packed form
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -54,7 +55,7 @@ class Packed:
     rest: dict[str, Any]
 
 
-class Int4Weight:
+class Int4Weight(TensorParts):
     """A weight [N, K] of 4-bit codes.
 
         w[n, k] = (code[n, k] - zeros[n, g]) * scales[n, g]     (zeros absent: 8)
@@ -89,6 +90,8 @@ class Int4Weight:
         ValueError, TypeError: a wrong shape, dtype, device or value; names the tensor.
     """
 
+    PARTS = PARTS
+
     def __init__(
         self, codes: Tensor, scales: Tensor, *, zeros: Tensor | None = None, mins: Tensor | None = None,
         perm: Tensor | None = None, planes: Tensor | None = None, column_scales: Tensor | None = None,
@@ -108,15 +111,6 @@ class Int4Weight:
     def group_size(self) -> int:
         """Columns that share a scale."""
         return _columns(self) // self.scales.shape[1]
-
-    @property
-    def device(self) -> torch.device:
-        return self.codes.device
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of codes, scales, zeros or mins, and perm."""
-        return sum(t.numel() * t.element_size() for t in self.state_dict().values())
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """[N, K] in the order of the input features, computed in fp32 (fp64 for fp64)."""
@@ -168,36 +162,6 @@ class Int4Weight:
                 rest[name] = None if t is None else t.float().contiguous()
             self._packed = Packed(codes, scales, rest)
         return self._packed
-
-    def to(self, device: Any) -> Int4Weight:
-        """A copy on `device` (self, if it is there already)."""
-        if torch.device(device) == self.device:
-            return self
-        return Int4Weight.from_state_dict({n: t.to(device) for n, t in self.state_dict().items()})
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The tensors that are there, by name."""
-        return {n: t for n in PARTS if (t := getattr(self, n)) is not None}
-
-    @classmethod
-    def from_state_dict(cls, tensors: dict[str, Tensor]) -> Int4Weight:
-        """The inverse of `state_dict`."""
-        for name in tensors:
-            if name not in PARTS:
-                raise ValueError(f"Int4Weight: unknown tensor {name!r}, known: {', '.join(PARTS)}")
-        for name in ("codes", "scales"):
-            if name not in tensors:
-                raise ValueError(f"Int4Weight: {name} is missing")
-        return cls(**tensors)
-
-    def __getstate__(self) -> dict[str, Tensor]:
-        return self.state_dict()
-
-    def __setstate__(self, state: dict[str, Tensor]) -> None:
-        for name in PARTS:
-            setattr(self, name, state.get(name))
-        self._packed = None
-        self._shape = _check(self)
 
     def __repr__(self) -> str:
         n, k = self.shape

@@ -9,6 +9,7 @@
 // Where keys come from is a template parameter (dense and ragged, or pages); the end of a row is one of two epilogues,
 // the normalised row or a partial (O, LSE) for the merge.
 #pragma once
+#include "cuda/attention/attention_products.cuh"
 #include "cuda/attention/attention_rows.cuh"
 
 namespace fastops::cuda {
@@ -65,7 +66,6 @@ template <class T, int kDim, class Keys>
 FASTOPS_KERNEL(kAttentionThreads, attention_blocks_per_sm(kDim))
 attention_sm80(const AttentionArgs a) {
   constexpr int kTile = attention_keys(kDim), kScores = kTile / 8, kOut = kDim / 8;
-  using Layout = Swizzled<kDim>;
   const AttentionParams& p = a.p;
   const BlockRows block(a, block_x(), kAttentionRows);
   if (block.empty()) return;
@@ -98,19 +98,7 @@ attention_sm80(const AttentionArgs a) {
     cp_async_wait<1>();  // k is there
     block_sync();
     float x[kScores][4], alphas[2];
-    clear(x);
-    FASTOPS_UNROLL
-    for (int d = 0; d < kDim / 16; ++d) {
-      uint32_t qa[4];
-      ldmatrix_x4(qa, q + Layout::at(warp * 16 + FragmentA::row(lane), 2 * d + FragmentA::chunk(lane)));
-      FASTOPS_UNROLL
-      for (int n = 0; n < kScores; n += 2) {
-        uint32_t kb[4];
-        ldmatrix_x4(kb, k + Layout::at(8 * n + FragmentB::row(lane), 2 * d + FragmentB::chunk(lane)));
-        mma_m16n8k16<T>(x[n], qa, kb[0], kb[1]);
-        mma_m16n8k16<T>(x[n + 1], qa, kb[2], kb[3]);
-      }
-    }
+    products<T, kDim>(x, q, k);
     block_sync();
     if (key + kTile < key_end) load.template tile<false>(k, key + kTile, key_end);
     cp_async_commit();
@@ -123,19 +111,7 @@ attention_sm80(const AttentionArgs a) {
 
     cp_async_wait<1>();  // v is there
     block_sync();
-    FASTOPS_UNROLL
-    for (int n = 0; n < kScores; n += 2) {
-      const uint32_t pa[4] = {pack2<T>(x[n][0], x[n][1]), pack2<T>(x[n][2], x[n][3]),
-                              pack2<T>(x[n + 1][0], x[n + 1][1]), pack2<T>(x[n + 1][2], x[n + 1][3])};
-      FASTOPS_UNROLL
-      for (int d = 0; d < kOut; d += 2) {
-        uint32_t vb[4];
-        ldmatrix_x4_trans(vb,
-                          v + Layout::at(8 * n + FragmentBTransposed::row(lane), d + FragmentBTransposed::chunk(lane)));
-        mma_m16n8k16<T>(o[d], pa, vb[0], vb[1]);
-        mma_m16n8k16<T>(o[d + 1], pa, vb[2], vb[3]);
-      }
-    }
+    accumulate<T, kDim>(o, x, v);
     block_sync();
   }
   cp_async_wait<0>();

@@ -47,7 +47,7 @@ int4_round_rows(const Int4Int8Args args) {
 template <class T, int kTiles>
 FASTOPS_KERNEL(kInt4Threads, kTiles == 4 ? 2 : 4)
 int4_gemm_int8(const Int4Int8Args args) {
-  constexpr int kRows = 16 * kTiles, kOctets = kInt4Depth / 8, kRowBytes = kInt4Depth, kBlockBytes = kOctets * 64;
+  constexpr int kRows = 16 * kTiles, kOctets = kInt4Depth / 8, kRowBytes = kInt4Depth;
   const Int4Args& a = args.a;
   const int lane = lane_index(), warp = warp_index(), g = lane / 4, t = lane % 4;
   const int64_t column0 = block_x() * kInt4Columns, row0 = block_y() * kRows;
@@ -57,9 +57,6 @@ int4_gemm_int8(const Int4Int8Args args) {
   const auto x_of = [&](int64_t chunk) { return shared + chunk % kInt4Stages * int4_int8_stage_bytes(kTiles); };
   // Sixteen-byte places are exchanged so that four rows of a half warp meet no bank twice.
   const auto x_at = [](int row, int pair) { return row * kRowBytes + (pair ^ (row & 2)) * 16; };
-  const auto code_at = [](int block, int octet, int quarter) {
-    return block * kBlockBytes + octet * 64 + (quarter ^ ((octet >> 1 & 1) << 1)) * 16;
-  };
   const uint64_t policy = cache_policy(a.M <= kRows);
   const auto load = [&](int64_t chunk) {
     char* xs = x_of(chunk);
@@ -70,15 +67,7 @@ int4_gemm_int8(const Int4Int8Args args) {
       const bool there = row < a.M && k < a.K;
       cp_async16(xs + x_at(r, pair), there ? args.x + row * args.pitch + k % a.Kx : args.x, there);
     }
-    char* codes = xs + kRows * kRowBytes;
-    FASTOPS_UNROLL_BY(1)
-    for (int i = thread_index(); i < kInt4Columns / 16 * kOctets * 4; i += kInt4Threads) {
-      const int quarter = i % 4, octet = i / 4 % kOctets, block = i / 4 / kOctets;
-      const int64_t b = column0 / 16 + block, k8 = chunk * kOctets + octet;
-      const bool there = b * 16 < a.N && k8 * 8 < a.K;
-      cp_async16(codes + code_at(block, octet, quarter),
-                 there ? a.codes + (b * (a.K / 8) + k8) * 64 + quarter * 16 : a.codes, there, policy);
-    }
+    int4_load_codes(a, xs + kRows * kRowBytes, column0, chunk, policy);
   };
 
   float total[kTiles][4][4];
@@ -157,8 +146,8 @@ int4_gemm_int8(const Int4Int8Args args) {
       }
       FASTOPS_UNROLL
       for (int n = 0; n < 4; ++n) {
-        const uint32_t word =
-            *reinterpret_cast<const uint32_t*>(codes + code_at(2 * warp + n / 2, octet, n % 2 * 2 + g / 4) + g % 4 * 4);
+        const uint32_t word = *reinterpret_cast<const uint32_t*>(
+            codes + int4_code_at(2 * warp + n / 2, octet, n % 2 * 2 + g / 4) + g % 4 * 4);
         FASTOPS_UNROLL
         for (int m = 0; m < kTiles; ++m)
           mma_m16n8k32_s8u8(part[m][n], xa[m], word & 0x0f0f0f0fu, word >> 4 & 0x0f0f0f0fu);
@@ -181,16 +170,7 @@ int4_gemm_int8(const Int4Int8Args args) {
       for (int i = 0; i < 4; ++i) {
         const int64_t row = row0 + 16 * m + g + i / 2 * 8, column = column0 + warp * 32 + n * 8 + 2 * t + i % 2;
         if (row >= a.M || column >= a.N) continue;
-        float y = total[m][n][i] * args.row_scale[row];
-        if (a.splits > 1) {
-          a.partial[(block_z() * a.M + row) * a.N + column] = y;
-          continue;
-        }
-        if (a.bias) y += a.bias[column];
-        if (a.out_f32)
-          reinterpret_cast<float*>(a.out)[row * a.ldo + column] = y;
-        else
-          narrow(y, reinterpret_cast<T*>(a.out) + row * a.ldo + column);
+        int4_store<T>(a, row, column, total[m][n][i] * args.row_scale[row]);
       }
     }
   }

@@ -44,22 +44,53 @@ struct Magic<bf16> {
   static constexpr uint32_t kBits = 0x43004300u, kOne = 0x3f803f80u, kMinus = 0xc308c308u;  // 128, 1, -136
 };
 
+// Where a quarter of the sixteen features' words of an octet lies: places are exchanged so that the lanes of a quarter
+// warp meet no bank twice.
+FASTOPS_DEVICE int int4_code_at(int block, int octet, int quarter) {
+  return block * (kInt4Depth / 8 * 64) + octet * 64 + (quarter ^ ((octet >> 1 & 1) << 1)) * 16;
+}
+// The codes of a block's features in one step of columns.
+FASTOPS_DEVICE void int4_load_codes(const Int4Args& a, char* to, int64_t column0, int64_t chunk, uint64_t policy) {
+  constexpr int kOctets = kInt4Depth / 8;
+  FASTOPS_UNROLL_BY(1)
+  for (int i = thread_index(); i < kInt4Columns / 16 * kOctets * 4; i += kInt4Threads) {
+    const int quarter = i % 4, octet = i / 4 % kOctets, block = i / 4 / kOctets;
+    const int64_t b = column0 / 16 + block, k8 = chunk * kOctets + octet;
+    const bool there = b * 16 < a.N && k8 * 8 < a.K;
+    const uint8_t* from = there ? a.codes + (b * (a.K / 8) + k8) * 64 + quarter * 16 : a.codes;
+    cp_async16(to + int4_code_at(block, octet, quarter), from, there, policy);
+  }
+}
+// A finished sum; and one of a split K, if it is split.
+template <class T>
+FASTOPS_DEVICE void int4_finish(const Int4Args& a, int64_t row, int64_t column, float y) {
+  if (a.bias) y += a.bias[column];
+  if (a.out_f32)
+    reinterpret_cast<float*>(a.out)[row * a.ldo + column] = y;
+  else
+    narrow(y, reinterpret_cast<T*>(a.out) + row * a.ldo + column);
+}
+template <class T>
+FASTOPS_DEVICE void int4_store(const Int4Args& a, int64_t row, int64_t column, float y) {
+  if (a.splits > 1)
+    a.partial[(block_z() * a.M + row) * a.N + column] = y;
+  else
+    int4_finish<T>(a, row, column, y);
+}
+
 template <class T, int kTiles, bool kShift>
 FASTOPS_KERNEL(kInt4Threads, kTiles == 4 ? 2 : 4)
 int4_gemm(const Int4Args a) {
   constexpr int kRows = 16 * kTiles, kOctets = kInt4Depth / 8;
-  constexpr int kRowBytes = kInt4Depth * 2, kBlockBytes = kOctets * 64;  // of x, and of the codes of 16 features
+  constexpr int kRowBytes = kInt4Depth * 2;  // of x
   const int lane = lane_index(), warp = warp_index(), g = lane / 4, t = lane % 4;
   const int64_t column0 = block_x() * kInt4Columns, row0 = block_y() * kRows;
   const int64_t chunks = (a.K + kInt4Depth - 1) / kInt4Depth, first = block_z() * a.split_chunks;
   const int64_t end = first + a.split_chunks < chunks ? first + a.split_chunks : chunks;
   char* const shared = dynamic_shared();
   const auto x_of = [&](int64_t chunk) { return shared + chunk % kInt4Stages * int4_stage_bytes(kTiles); };
-  // Sixteen-byte places are exchanged so that the lanes of a quarter warp meet no bank twice.
+  // Places are exchanged as in int4_code_at.
   const auto x_at = [](int row, int octet) { return row * kRowBytes + (octet ^ ((row & 1) << 2)) * 16; };
-  const auto code_at = [](int block, int octet, int quarter) {
-    return block * kBlockBytes + octet * 64 + (quarter ^ ((octet >> 1 & 1) << 1)) * 16;
-  };
 
   const uint64_t policy = cache_policy(a.M <= kRows);  // of the codes: no other block will read them then
   const auto load = [&](int64_t chunk) {
@@ -72,15 +103,7 @@ int4_gemm(const Int4Args a) {
       const char* from = there ? a.x + (row * a.ldx + k % a.Kx) * 2 : a.x;
       cp_async16(xs + x_at(r, octet), from, there);
     }
-    char* codes = xs + kRows * kRowBytes;
-    FASTOPS_UNROLL_BY(1)
-    for (int i = thread_index(); i < kInt4Columns / 16 * kOctets * 4; i += kInt4Threads) {
-      const int quarter = i % 4, octet = i / 4 % kOctets, block = i / 4 / kOctets;
-      const int64_t b = column0 / 16 + block, k8 = chunk * kOctets + octet;
-      const bool there = b * 16 < a.N && k8 * 8 < a.K;
-      const uint8_t* from = there ? a.codes + (b * (a.K / 8) + k8) * 64 + quarter * 16 : a.codes;
-      cp_async16(codes + code_at(block, octet, quarter), from, there, policy);
-    }
+    int4_load_codes(a, xs + kRows * kRowBytes, column0, chunk, policy);
   };
 
   float total[kTiles][4][4], part[kTiles][4][4], sums[kTiles][4];
@@ -167,7 +190,7 @@ int4_gemm(const Int4Args a) {
       for (int n = 0; n < 4; ++n) {
         const int quarter = n % 2 * 2 + g / 4;
         const uint32_t word =
-            *reinterpret_cast<const uint32_t*>(codes + code_at(2 * warp + n / 2, octet, quarter) + g % 4 * 4);
+            *reinterpret_cast<const uint32_t*>(codes + int4_code_at(2 * warp + n / 2, octet, quarter) + g % 4 * 4);
         uint32_t w[4];
         FASTOPS_UNROLL
         for (int i = 0; i < 4; ++i)
@@ -196,16 +219,7 @@ int4_gemm(const Int4Args a) {
       for (int i = 0; i < 4; ++i) {
         const int64_t row = row0 + 16 * m + g + i / 2 * 8, column = column0 + warp * 32 + n * 8 + 2 * t + i % 2;
         if (row >= a.M || column >= a.N) continue;
-        float y = total[m][n][i];
-        if (a.splits > 1) {
-          a.partial[(block_z() * a.M + row) * a.N + column] = y;
-          continue;
-        }
-        if (a.bias) y += a.bias[column];
-        if (a.out_f32)
-          reinterpret_cast<float*>(a.out)[row * a.ldo + column] = y;
-        else
-          narrow(y, reinterpret_cast<T*>(a.out) + row * a.ldo + column);
+        int4_store<T>(a, row, column, total[m][n][i]);
       }
     }
   }
@@ -220,11 +234,7 @@ int4_add(const Int4Args a) {
   const int64_t row = i / a.N, column = i % a.N;
   float y = 0.0f;
   for (int64_t s = 0; s < a.splits; ++s) y += a.partial[s * a.M * a.N + i];
-  if (a.bias) y += a.bias[column];
-  if (a.out_f32)
-    reinterpret_cast<float*>(a.out)[row * a.ldo + column] = y;
-  else
-    narrow(y, reinterpret_cast<T*>(a.out) + row * a.ldo + column);
+  int4_finish<T>(a, row, column, y);
 }
 
 }  // namespace fastops::cuda

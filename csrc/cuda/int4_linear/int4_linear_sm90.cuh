@@ -156,12 +156,7 @@ int4_gemm_sm90(FASTOPS_ARGUMENT Int4HopperArgs args) {
     for (int i = 0; i < 4; ++i) {
       const int64_t row = row0 + 8 * n + 2 * t + i % 2, column = column0 + feature + i / 2 * 8;
       if (row >= a.M || column >= a.N) continue;
-      float y = total[n][i];
-      if (a.bias) y += a.bias[column];
-      if (a.out_f32)
-        reinterpret_cast<float*>(a.out)[row * a.ldo + column] = y;
-      else
-        narrow(y, reinterpret_cast<T*>(a.out) + row * a.ldo + column);
+      int4_finish<T>(a, row, column, total[n][i]);
     }
   }
 #endif
