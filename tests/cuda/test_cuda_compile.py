@@ -60,10 +60,10 @@ def test_the_library_needs_no_gpu_to_load(tmp_path):
 
     if torch.cuda.is_available():
         return
-    from fastops._cuda import _Attention, _Env
+    from fastops._cuda_structs import Attention, Env
 
     message = ctypes.create_string_buffer(512)
-    env = _Env(struct_size=ctypes.sizeof(_Env), message=ctypes.cast(message, ctypes.c_char_p))
-    desc = _Attention(struct_size=ctypes.sizeof(_Attention))
+    env = Env(struct_size=ctypes.sizeof(Env), message=ctypes.cast(message, ctypes.c_char_p))
+    desc = Attention(struct_size=ctypes.sizeof(Attention))
     assert lib.fastops_cuda_attention_fwd(ctypes.byref(desc), ctypes.byref(env)) == 3  # FASTOPS_ERR_UNSUPPORTED
     assert b"no CUDA device" in message.value

@@ -94,8 +94,6 @@ def test_refusals():
             fastops.int4_linear(x, weight)
         with pytest.raises(fastops.NotSupportedError, match="multiple of 32 columns"):
             fastops.int4_linear(x.half(), weight)
-        with pytest.raises(fastops.NotSupportedError, match="2:4 sparse codes"):
-            fastops.int4_linear(torch.randn(2, 64).half(), int4.quantize(torch.randn(16, 64), 32, sparsity="2:4"))
         with pytest.raises(fastops.NotSupportedError, match="column_scales"):
             fastops.int4_linear(torch.randn(2, 64).half(), int4.quantize(torch.randn(16, 64), 16, dim="input"))
     with fastops.override(int4_linear="cuda-emulated"), pytest.raises(fastops.NotSupportedError, match="no gradients"):
@@ -159,6 +157,14 @@ def test_int8_activations(dtype, m, n, k, group):
         check(x, int4.quantize(w, group, bits=8), None, "8 bits", "int8")
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activations", ["float", "int8"])
+@pytest.mark.parametrize(("m", "n", "k", "group"), [(1, 136, 2048, 128), (20, 40, 96, 32), (70, 24, 72, -1)])
+def test_24_sparse(dtype, activations, m, n, k, group):
+    weight = int4.quantize(torch.randn(n, k), group, sparsity="2:4")
+    check(torch.randn(m, k).to(dtype), weight, torch.randn(n), "2:4", activations)
+
+
 def test_int8_rows_of_zeros_and_nan():
     x = torch.randn(4, 64).half()
     x[1], x[2, 3], x[3, 5] = 0.0, torch.nan, torch.inf
@@ -169,11 +175,13 @@ def test_int8_rows_of_zeros_and_nan():
 
 @pytest.mark.parametrize("end", [True, False])
 def test_guard_pages_of_the_other_kernels(end):
-    for m, n, k, arch, int8 in ((80, 40, 192, "90", False), (3, 40, 1032, "80", True), (19, 24, 64, "80", True)):
-        packed = int4.quantize(torch.randn(n, k), group_size=-1, symmetric=False).packed()
-        x, codes, scales, zeros = (
-            guarded(t, end) for t in (torch.randn(m, k).half(), packed.codes, packed.scales, packed.rest["zeros"])
-        )
+    for m, n, k, arch, int8, sparse in (
+        (80, 40, 192, "90", False, False), (3, 40, 1032, "80", True, False), (19, 24, 64, "80", True, True),
+        (2, 24, 72, "80", False, True),
+    ):  # fmt: skip
+        packed = int4.quantize(torch.randn(n, k), -1, symmetric=sparse, sparsity="2:4" if sparse else None).packed()
+        x, codes, scales = (guarded(t, end) for t in (torch.randn(m, k).half(), packed.codes, packed.scales))
+        zeros = None if sparse else guarded(packed.rest["zeros"], end)
         os.environ["FASTOPS_EMULATOR_ARCH"] = arch
         try:
             library(True).int4_linear(x, codes, scales, n, zeros, int8=int8, out=guarded(torch.empty(m, n).half(), end))

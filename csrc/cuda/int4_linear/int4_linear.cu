@@ -28,10 +28,10 @@ bool check(const fastops_int4_linear_desc& d, Int4Args* a, Checks& c) {
     return c.fail(FASTOPS_ERR_TYPE, "out must have x's dtype or be float32");
   if (d.codes.ndim != 4 || d.codes.dtype != FASTOPS_U8)
     return c.fail(FASTOPS_ERR_VALUE, "codes must be uint8 [ceil(N / 16), K / 8, 16, 4]");
-  if (d.codes.size[3] == 3) return refuse(c, "2:4 sparse codes");
   if (given(d.column_scales) || given(d.column_zeros)) return refuse(c, "column_scales");
   const int64_t N = d.out.size[1], blocks = (N + 15) / 16, eighths = d.codes.size[1], K = eighths * 8, Kx = d.x.size[1];
-  const int64_t codes[4] = {blocks, eighths, 16, 4};
+  const bool sparse = d.codes.size[3] == 3;  // 2:4
+  const int64_t codes[4] = {blocks, eighths, 16, sparse ? 3 : 4};
   if (!c.shape("codes", d.codes, 4, codes)) return false;
   if (Kx < 8 || K % Kx != 0)
     return c.fail(FASTOPS_ERR_VALUE, "x has %lld columns, which must divide the codes' %lld",
@@ -48,6 +48,8 @@ bool check(const fastops_int4_linear_desc& d, Int4Args* a, Checks& c) {
     if (given(*t) &&
         !(c.shape("zeros or mins", *t, 3, scales) && c.same_dtype("zeros or mins", *t, "scales", d.scales)))
       return false;
+  if (sparse && (given(d.zeros) || given(d.mins)))
+    return c.fail(FASTOPS_ERR_VALUE, "2:4 sparse codes are symmetric: no zeros or mins");
   if (given(d.bias) && !(c.vector("bias", d.bias, N) &&
                          (d.bias.dtype == FASTOPS_F32 || c.fail(FASTOPS_ERR_TYPE, "bias must be float32"))))
     return false;
@@ -82,6 +84,7 @@ bool check(const fastops_int4_linear_desc& d, Int4Args* a, Checks& c) {
   a->group_size = K / groups;
   a->scale_dtype = d.scales.dtype;
   a->out_f32 = d.out.dtype == FASTOPS_F32;
+  a->sparse = sparse;
   return true;
 }
 
@@ -95,7 +98,7 @@ fastops_status plan_of(const fastops_int4_linear_desc& d, fastops_cuda_env* env,
   Int4Args& a = plan->a;
   if (!check(d, &a, c)) return c.status();
   plan->int8 = d.int8 != 0;
-  plan->hopper = int4_use_hopper(device.sm90a && !plan->int8, a.M, a.K, a.Kx, a.group_size) &&
+  plan->hopper = int4_use_hopper(device.sm90a && !plan->int8 && !a.sparse, a.M, a.K, a.Kx, a.group_size) &&
                  tensor_map({a.x, {a.Kx, a.M, 1, 1}, {a.ldx, 8, 8}, kInt4HopperRows}, env, &plan->x);
   if (plan->hopper) {
     a.splits = 1;
@@ -123,11 +126,11 @@ fastops_status run_int8(const Int4Args& a, fastops_cuda_env* env) {
   args.row_scale = reinterpret_cast<float*>(args.x + a.M * args.pitch);
   args.sums = args.row_scale + a.M;
   fastops_status status = launch<int4_round_rows<T>>({a.M, 1, 1, kInt4Threads, 33 * sizeof(float)}, env, args);
+  const Grid grid{(a.N + kInt4Columns - 1) / kInt4Columns, (a.M + 16 * kTiles - 1) / (16 * kTiles), a.splits,
+                  kInt4Threads, int4_int8_stage_bytes(kTiles) * kInt4Stages};
   if (status == FASTOPS_OK)
-    status = launch<int4_gemm_int8<T, kTiles>>(
-        {(a.N + kInt4Columns - 1) / kInt4Columns, (a.M + 16 * kTiles - 1) / (16 * kTiles), a.splits, kInt4Threads,
-         int4_int8_stage_bytes(kTiles) * kInt4Stages},
-        env, args);
+    status = a.sparse ? launch<int4_gemm_int8<T, kTiles, true>>(grid, env, args)
+                      : launch<int4_gemm_int8<T, kTiles, false>>(grid, env, args);
   if (status == FASTOPS_OK && a.splits > 1)
     status = launch<int4_add<T>>({(a.M * a.N + kInt4Threads - 1) / kInt4Threads, 1, 1, kInt4Threads, 0}, env, a);
   return status;
@@ -138,8 +141,9 @@ fastops_status run(const Int4Args& a, bool int8, fastops_cuda_env* env) {
   if (int8) return run_int8<T, kTiles>(a, env);
   const Grid grid{(a.N + kInt4Columns - 1) / kInt4Columns, (a.M + 16 * kTiles - 1) / (16 * kTiles), a.splits,
                   kInt4Threads, int4_stage_bytes(kTiles) * kInt4Stages};
-  fastops_status status = a.zeros || a.mins ? launch<int4_gemm<T, kTiles, true>>(grid, env, a)
-                                            : launch<int4_gemm<T, kTiles, false>>(grid, env, a);
+  fastops_status status = a.sparse            ? launch<int4_gemm<T, kTiles, false, true>>(grid, env, a)
+                          : a.zeros || a.mins ? launch<int4_gemm<T, kTiles, true, false>>(grid, env, a)
+                                              : launch<int4_gemm<T, kTiles, false, false>>(grid, env, a);
   if (status == FASTOPS_OK && a.splits > 1)
     status = launch<int4_add<T>>({(a.M * a.N + kInt4Threads - 1) / kInt4Threads, 1, 1, kInt4Threads, 0}, env, a);
   return status;

@@ -44,7 +44,7 @@ int4_round_rows(const Int4Int8Args args) {
   }
 }
 
-template <class T, int kTiles>
+template <class T, int kTiles, bool k24>
 FASTOPS_KERNEL(kInt4Threads, kTiles == 4 ? 2 : 4)
 int4_gemm_int8(const Int4Int8Args args) {
   constexpr int kRows = 16 * kTiles, kOctets = kInt4Depth / 8, kRowBytes = kInt4Depth;
@@ -67,7 +67,7 @@ int4_gemm_int8(const Int4Int8Args args) {
       const bool there = row < a.M && k < a.K;
       cp_async16(xs + x_at(r, pair), there ? args.x + row * args.pitch + k % a.Kx : args.x, there);
     }
-    int4_load_codes(a, xs + kRows * kRowBytes, column0, chunk, policy);
+    int4_load_codes<k24>(a, xs + kRows * kRowBytes, column0, chunk, policy);
   };
 
   float total[kTiles][4][4];
@@ -146,8 +146,7 @@ int4_gemm_int8(const Int4Int8Args args) {
       }
       FASTOPS_UNROLL
       for (int n = 0; n < 4; ++n) {
-        const uint32_t word = *reinterpret_cast<const uint32_t*>(
-            codes + int4_code_at(2 * warp + n / 2, octet, n % 2 * 2 + g / 4) + g % 4 * 4);
+        const uint32_t word = int4_word<k24>(codes, 2 * warp + n / 2, octet, n % 2 * 8 + g);
         FASTOPS_UNROLL
         for (int m = 0; m < kTiles; ++m)
           mma_m16n8k32_s8u8(part[m][n], xa[m], word & 0x0f0f0f0fu, word >> 4 & 0x0f0f0f0fu);

@@ -29,7 +29,7 @@ struct Int4Args {
   float* partial;  // [splits][M][N]
   int64_t M, N, K, Kx, ldx, ldo, groups, group_size, splits, split_chunks;
   int32_t scale_dtype;
-  bool out_f32;
+  bool out_f32, sparse;  // sparse: 2:4
 };
 
 // A number whose unit is 1: its lowest bits take a code. In both halves of a register.
@@ -49,16 +49,33 @@ struct Magic<bf16> {
 FASTOPS_DEVICE int int4_code_at(int block, int octet, int quarter) {
   return block * (kInt4Depth / 8 * 64) + octet * 64 + (quarter ^ ((octet >> 1 & 1) << 1)) * 16;
 }
+// A word of 2:4 sparse codes is 48 bytes for sixteen features, one behind the other (csrc/cpu/int4_linear): sixteen
+// times four codes kept, less 8, then sixteen times four places.
+FASTOPS_DEVICE uint32_t int4_word24(const char* word, int feature) {
+  const uint32_t codes = *reinterpret_cast<const uint16_t*>(word + 2 * feature);
+  const uint32_t places = *reinterpret_cast<const uint8_t*>(word + 32 + feature);
+  // Nibble 2 c is column c of the first four, nibble 2 c + 1 of the second; what is not there has code 8.
+  return ((codes & 15) << (places << 3 & 24) | (codes >> 4 & 15) << (places << 1 & 24) |
+          (codes >> 4 & 0xf0) << (places >> 1 & 24) | (codes >> 8 & 0xf0) << (places >> 3 & 24)) ^
+         0x88888888u;
+}
+// The eight codes of a feature of a block in an octet.
+template <bool k24>
+FASTOPS_DEVICE uint32_t int4_word(const char* codes, int block, int octet, int feature) {
+  if constexpr (k24) return int4_word24(codes + (block * (kInt4Depth / 8) + octet) * 48, feature);
+  return *reinterpret_cast<const uint32_t*>(codes + int4_code_at(block, octet, feature / 4) + feature % 4 * 4);
+}
 // The codes of a block's features in one step of columns.
+template <bool k24>
 FASTOPS_DEVICE void int4_load_codes(const Int4Args& a, char* to, int64_t column0, int64_t chunk, uint64_t policy) {
-  constexpr int kOctets = kInt4Depth / 8;
+  constexpr int kOctets = kInt4Depth / 8, kPieces = k24 ? 3 : 4;
   FASTOPS_UNROLL_BY(1)
-  for (int i = thread_index(); i < kInt4Columns / 16 * kOctets * 4; i += kInt4Threads) {
-    const int quarter = i % 4, octet = i / 4 % kOctets, block = i / 4 / kOctets;
+  for (int i = thread_index(); i < kInt4Columns / 16 * kOctets * kPieces; i += kInt4Threads) {
+    const int piece = i % kPieces, octet = i / kPieces % kOctets, block = i / kPieces / kOctets;
     const int64_t b = column0 / 16 + block, k8 = chunk * kOctets + octet;
     const bool there = b * 16 < a.N && k8 * 8 < a.K;
-    const uint8_t* from = there ? a.codes + (b * (a.K / 8) + k8) * 64 + quarter * 16 : a.codes;
-    cp_async16(to + int4_code_at(block, octet, quarter), from, there, policy);
+    const uint8_t* from = there ? a.codes + (b * (a.K / 8) + k8) * (16 * kPieces) + piece * 16 : a.codes;
+    cp_async16(to + (k24 ? i * 16 : int4_code_at(block, octet, piece)), from, there, policy);
   }
 }
 // A finished sum; and one of a split K, if it is split.
@@ -78,7 +95,7 @@ FASTOPS_DEVICE void int4_store(const Int4Args& a, int64_t row, int64_t column, f
     int4_finish<T>(a, row, column, y);
 }
 
-template <class T, int kTiles, bool kShift>
+template <class T, int kTiles, bool kShift, bool k24>
 FASTOPS_KERNEL(kInt4Threads, kTiles == 4 ? 2 : 4)
 int4_gemm(const Int4Args a) {
   constexpr int kRows = 16 * kTiles, kOctets = kInt4Depth / 8;
@@ -103,7 +120,7 @@ int4_gemm(const Int4Args a) {
       const char* from = there ? a.x + (row * a.ldx + k % a.Kx) * 2 : a.x;
       cp_async16(xs + x_at(r, octet), from, there);
     }
-    int4_load_codes(a, xs + kRows * kRowBytes, column0, chunk, policy);
+    int4_load_codes<k24>(a, xs + kRows * kRowBytes, column0, chunk, policy);
   };
 
   float total[kTiles][4][4], part[kTiles][4][4], sums[kTiles][4];
@@ -188,9 +205,7 @@ int4_gemm(const Int4Args a) {
       }
       FASTOPS_UNROLL
       for (int n = 0; n < 4; ++n) {
-        const int quarter = n % 2 * 2 + g / 4;
-        const uint32_t word =
-            *reinterpret_cast<const uint32_t*>(codes + int4_code_at(2 * warp + n / 2, octet, quarter) + g % 4 * 4);
+        const uint32_t word = int4_word<k24>(codes, 2 * warp + n / 2, octet, n % 2 * 8 + g);
         uint32_t w[4];
         FASTOPS_UNROLL
         for (int i = 0; i < 4; ++i)
