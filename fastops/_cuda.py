@@ -56,8 +56,10 @@ class Library:
         else:
             env.stream = torch.cuda.current_stream(device).cuda_stream
 
-    def archs(self) -> str:
-        return "" if self.missing else self.lib.fastops_cuda_archs().decode()
+    def describe(self) -> str:
+        """For `fastops info`: what there is, or why there is nothing."""
+        archs = "" if self.missing else self.lib.fastops_cuda_archs().decode()
+        return self.missing or (f"code for sm_{archs.replace(' ', ', sm_')}" if archs else "ready")
 
     def call(self, name: str, desc: ctypes.Structure, like: Tensor, workspace: bool = False) -> None:
         """Runs fastops_cuda_<name>. What it refuses is raised, with its sentence."""
@@ -280,8 +282,8 @@ class NvrtcLibrary(Library):
         self.emulated = False
         self.launcher = launcher or _nvrtc.Launcher()
 
-    def archs(self) -> str:
-        return "whatever NVRTC compiles"
+    def describe(self) -> str:
+        return self.missing or f"compiled by NVRTC on first use, kept in {_nvrtc.folder()}"
 
     def prepare(self, env: c.Env, device: torch.device) -> None:
         super().prepare(env, device)

@@ -86,8 +86,8 @@ def info() -> Info:
         providers={name: [r.name for r in op.rows] for name, op in operators.items()},
         missing=_ops.missing,
         cuda={
-            "cuda": _cuda.library(False).missing or f"code for sm_{_cuda.library(False).archs().replace(' ', ', sm_')}",
-            "cuda-emulated": _cuda.library(True).missing or "ready",
+            "cuda": _cuda.library(False).describe(),
+            "cuda-emulated": _cuda.library(True).describe(),
         },
     )
 
