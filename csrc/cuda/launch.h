@@ -63,7 +63,7 @@ fastops_status launch(const Grid& grid, fastops_cuda_env* env, const Args& args)
     set_message(env->message, "the kernel did not start");
     return FASTOPS_ERR_UNSUPPORTED;
   }
-  static thread_local emulator::Block block;
+  emulator::Block& block = emulator::Block::mine();
   const emulator::Dim3 size{grid.x, grid.y, grid.z};
   for (int64_t z = 0; z < grid.z; ++z)
     for (int64_t y = 0; y < grid.y; ++y)

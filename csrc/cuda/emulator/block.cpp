@@ -21,6 +21,11 @@ std::string at(const Place& p) {
 
 Block& Block::current() { return *t_block; }
 
+Block& Block::mine() {
+  static thread_local Block block;
+  return block;
+}
+
 Block::~Block() {
   for (Thread* t : pool_) delete t;
   if (map_ != nullptr) munmap(map_, mapped_);

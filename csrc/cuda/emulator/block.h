@@ -56,6 +56,8 @@ struct Thread {
 class Block {
  public:
   static Block& current();  // of the running fiber
+  // This host thread's, for all kernels: its fibers' stacks are many mappings, of which a process may have some 65000.
+  static Block& mine();
 
   // Runs body(arg) on `threads` threads. False: message() says what went wrong.
   bool run(int threads, size_t shared_bytes, Dim3 index, Dim3 grid, uint64_t seed, void (*body)(void*), void* arg);
