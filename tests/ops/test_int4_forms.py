@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from test_int4_linear import DTYPES, check, random_weight
 
 import fastops
 from fastops import _ops
 from fastops.int4 import Int4Weight, gather24, pack_pairs, quantize, spread24, unpack24
 from fastops.ops.int4_linear import _pack24_elsewhere
 from fastops.testing import guarded
-from tests.ops.test_int4_linear import DTYPES, check, random_weight
 
 SERVED_BY = {"amx": "avx512_bf16", "amx_emu": "avx512_bf16"}
 FORMS = ["columns", "columns_zeros", "columns_rows", "sparse", "sparse_columns", "sparse_perm", "planes_columns"]
