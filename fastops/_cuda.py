@@ -114,10 +114,10 @@ class Library:
             shape = (q.shape[0], q.shape[2], q.shape[1]) if q.dim() == 4 else (q.shape[1], q.shape[0])
             lse = q.new_empty(shape, dtype=torch.float32)
         desc = c.describe_attention(q, causal, scale, window_left, window_right, softcap, top_left)
-        kv = c.KVQuant(struct_size=ctypes.sizeof(c.KVQuant), k_bits=k_bits, v_bits=v_bits)
-        c.fill(kv, **{name: tensors.pop(name, None) for name in c.KV_TENSORS})
-        if k.dtype != q.dtype or v.dtype != q.dtype:
-            desc.kv = ctypes.addressof(kv)
+        quant = {name: t for name in c.KV_TENSORS if (t := tensors.pop(name, None)) is not None}
+        if quant or k_bits or v_bits or k.dtype != q.dtype or v.dtype != q.dtype:
+            kv = c.KVQuant(struct_size=ctypes.sizeof(c.KVQuant), k_bits=k_bits, v_bits=v_bits)
+            desc.kv = ctypes.addressof(c.fill(kv, **quant))  # kv lives until the call below is over
         self.call("attention", c.fill(desc, q=q, k=k, v=v, out=out, lse=lse, **tensors), q, workspace=True)
         return out, q.new_empty((0,), dtype=torch.float32) if lse is None else lse
 
@@ -287,8 +287,9 @@ class NvrtcLibrary(Library):
 
     def prepare(self, env: c.Env, device: torch.device) -> None:
         super().prepare(env, device)
-        major, minor = torch.cuda.get_device_capability(device)
-        env.arch, env.sm_count = 10 * major + minor, torch.cuda.get_device_properties(device).multi_processor_count
+        env.arch, env.sm_count = _nvrtc.device_facts(
+            torch.cuda.current_device() if device.index is None else device.index
+        )
         env.start = ctypes.cast(self.launcher.hook, ctypes.c_void_p)
 
     def call(self, name: str, desc: ctypes.Structure, like: Tensor, workspace: bool = False) -> None:
@@ -305,9 +306,10 @@ def _on_gpus() -> Library:
     """The library for CUDA tensors: compiled beforehand, or by NVRTC where there is a GPU and no such library."""
     compiled = Library(False)
     if compiled.missing and torch.cuda.is_available():
-        if _nvrtc.why_not() is None:
+        why = _nvrtc.why_not()
+        if why is None:
             return NvrtcLibrary()
-        compiled.missing += f", and {_nvrtc.why_not()}"
+        compiled.missing += f", and {why}"
     return compiled
 
 

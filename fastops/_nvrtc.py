@@ -18,17 +18,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+
 SOURCES = Path(__file__).parent / "lib" / "src"
 
 
 def why_not() -> str | None:
     """What is missing for compiling, or None."""
-    try:
-        if find_spec("cuda.core") is None:
-            raise ImportError
-        from cuda.bindings import nvrtc  # noqa: F401
-        from cuda.core import Program, ProgramOptions  # noqa: F401
+    try:  # looked for, not imported: that waits for the first kernel
+        there = all(find_spec(name) is not None for name in ("cuda.core", "cuda.bindings.nvrtc"))
     except ImportError:
+        there = False
+    if not there:
         return "cuda-core is not installed (pip install fastops[nvrtc])"
     if not (SOURCES / "cuda").is_dir():
         return f"the kernels' sources are missing ({SOURCES})"
@@ -111,6 +112,13 @@ def compile_kernel(kernel: str, arch: str) -> tuple[bytes, str]:
     return code, symbol.decode()
 
 
+@cache
+def device_facts(index: int) -> tuple[int, int]:
+    """(compute capability times ten, multiprocessors) of a GPU."""
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor, torch.cuda.get_device_properties(index).multi_processor_count
+
+
 START = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(ctypes.c_int64), ctypes.c_int32, ctypes.c_size_t, ctypes.c_void_p,
     ctypes.c_size_t, ctypes.c_void_p,
@@ -122,7 +130,7 @@ class Launcher:
 
     def __init__(self) -> None:
         self.error: Exception | None = None
-        self._functions: dict[tuple[str, str], Any] = {}
+        self._functions: dict[tuple[str, int], Any] = {}
 
     @cached_property
     def hook(self) -> Any:
@@ -145,15 +153,13 @@ class Launcher:
         _good(status, f"the start of {kernel}")
 
     def function(self, kernel: str, shared: int) -> Any:
-        import torch
         from cuda.bindings import driver
 
-        major, minor = torch.cuda.get_device_capability()
-        arch = f"{major}{minor}{'a' if major >= 9 and (major, minor) == (9, 0) else ''}"
         device = torch.cuda.current_device()
-        key = (kernel, f"{device} {arch}")
+        key = (kernel, device)
         if key not in self._functions:
-            code, symbol = compile_kernel(kernel, arch)
+            arch, _ = device_facts(device)
+            code, symbol = compile_kernel(kernel, "90a" if arch == 90 else str(arch))
             status, module = driver.cuModuleLoadData(code)
             _good(status, f"loading {kernel}")
             status, function = driver.cuModuleGetFunction(module, symbol.encode())
