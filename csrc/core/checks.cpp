@@ -91,13 +91,18 @@ bool Checks::sizes(const char* name, const fastops_tensor& t, int ndim, const in
 bool Checks::per_row(const char* name, const fastops_tensor& t, const fastops_tensor& x) {
   if (t.dtype != FASTOPS_F32) return fail(FASTOPS_ERR_TYPE, "%s must be float32", name);
   if (t.ndim > 0 && !well_formed(name, t)) return false;
-  int64_t rows = 1, step = 1;
+  int64_t rows = 1;
   for (int i = 0; i + 1 < x.ndim; ++i) rows *= x.size[i];
   if (elements(t) != rows || (rows > 0 && t.data == nullptr))
     return fail(FASTOPS_ERR_VALUE, "%s must have one element for each of %lld rows", name,
                 static_cast<long long>(rows));
+  return rows == 0 || contiguous(name, t);
+}
+
+bool Checks::contiguous(const char* name, const fastops_tensor& t) {
+  int64_t step = 1;
   for (int i = t.ndim; i-- > 0; step *= t.size[i])
-    if (rows > 0 && t.size[i] > 1 && t.stride[i] != step) return fail(FASTOPS_ERR_VALUE, "%s must be contiguous", name);
+    if (t.size[i] > 1 && t.stride[i] != step) return fail(FASTOPS_ERR_VALUE, "%s must be contiguous", name);
   return true;
 }
 

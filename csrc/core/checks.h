@@ -43,6 +43,7 @@ class Checks {
     return sizes(name, t, ndim, want) && well_formed(name, t);
   }
   bool vector(const char* name, const fastops_tensor& t, int64_t n) { return shape(name, t, 1, &n); }
+  bool contiguous(const char* name, const fastops_tensor& t);
   // Contiguous fp32 with one element for each row of x.
   bool per_row(const char* name, const fastops_tensor& t, const fastops_tensor& x);
 

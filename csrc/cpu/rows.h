@@ -23,6 +23,13 @@ inline int64_t rows_per_item(int64_t rows, int64_t work, const fastops_env& env)
   return per > 1 ? per : 1;
 }
 
+// Threads for a product with an [N, K] weight.
+inline int linear_workers(const fastops_env* env, int64_t N, int64_t K) {
+  constexpr int64_t kSerialWork = 100000;  // weights under which waking a thread costs more than it saves
+  if (env == nullptr || env->parallel_for == nullptr || env->num_threads <= 1 || N * K < kSerialWork) return 1;
+  return env->num_threads;
+}
+
 // The best variant with code of its own, for operators that have scalar, AVX2, AVX-512 and AVX-512 BF16 code.
 template <class Table>
 struct Variant {

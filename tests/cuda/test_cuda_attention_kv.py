@@ -85,3 +85,10 @@ def test_guard_pages_and_bad_indices(name, end):
         got = call(table, packed_lens=wrong)
         assert torch.equal(got[0], good[0])
         assert bool(torch.isnan(got[1]).all())
+
+
+def test_scales_of_a_plain_cache_are_refused():
+    q, cache = torch.randn(1, 2, 64).half(), torch.randn(2, 16, 2, 64).half()
+    index = {"block_table": torch.zeros(1, 1, dtype=torch.int32), "seq_lens": torch.ones(1, dtype=torch.int32)}
+    with pytest.raises(ValueError, match="k_scale is given, but k has q's dtype"):
+        _cuda.library(True).attention(q, cache, cache, **index, k_scale=torch.ones(1))

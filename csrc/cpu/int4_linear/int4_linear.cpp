@@ -214,12 +214,6 @@ struct Layout {
   }
 };
 
-int workers_of(const fastops_env* env, const Int4Params& p) {
-  constexpr int64_t kSerialWork = 100000;  // weights under which waking a thread costs more than it saves
-  if (env == nullptr || env->parallel_for == nullptr || env->num_threads <= 1 || p.N * p.K < kSerialWork) return 1;
-  return env->num_threads;
-}
-
 }  // namespace
 }  // namespace fastops::cpu
 
@@ -288,7 +282,8 @@ extern "C" fastops_status fastops_int4_linear_workspace(const fastops_int4_linea
   Int4Params p;
   const fastops_status status = check(*desc, &p, env ? env->message : nullptr);
   if (status == FASTOPS_OK)
-    *bytes = static_cast<size_t>(Layout(p, FASTOPS_CHOOSE(Int4Table, int4_table).table, workers_of(env, p)).total);
+    *bytes = static_cast<size_t>(
+        Layout(p, FASTOPS_CHOOSE(Int4Table, int4_table).table, linear_workers(env, p.N, p.K)).total);
   return status;
 }
 
@@ -301,7 +296,7 @@ extern "C" fastops_status fastops_int4_linear(const fastops_int4_linear_desc* de
     return FASTOPS_ERR_UNSUPPORTED;
   }
   const auto variant = FASTOPS_CHOOSE(Int4Table, int4_table);
-  const int workers = workers_of(env, p);
+  const int workers = linear_workers(env, p.N, p.K);
   const Layout at(p, variant.table, workers);
   if (at.total > 0 && (static_cast<int64_t>(env->workspace_size) < at.total || env->workspace == nullptr)) {
     set_message(env->message, "int4_linear: workspace has %zu bytes, needs %lld", env->workspace_size, Int{at.total});

@@ -11,11 +11,7 @@ namespace {
 bool dense(Checks& c, const char* name, const fastops_tensor& t, int32_t dtype, const char* type,
            std::initializer_list<int64_t> size) {
   if (t.dtype != dtype) return c.fail(FASTOPS_ERR_TYPE, "%s must be %s", name, type);
-  if (!c.shape(name, t, static_cast<int>(size.size()), size.begin())) return false;
-  int64_t step = 1;
-  for (int i = t.ndim - 1; i >= 0; step *= t.size[i--])
-    if (t.size[i] > 1 && t.stride[i] != step) return c.fail(FASTOPS_ERR_VALUE, "%s must be contiguous", name);
-  return true;
+  return c.shape(name, t, static_cast<int>(size.size()), size.begin()) && c.contiguous(name, t);
 }
 
 bool check(const fastops_lut_linear_desc& d, LutParams* p, Checks& c) {
@@ -77,12 +73,6 @@ int64_t block_rows(const LutParams& p) { return p.M < kLutRowBlock ? p.M : kLutR
 int64_t scratch_at(const LutParams& p) { return (block_rows(p) * p.lda + 15) / 16 * 16; }
 int64_t scratch_size(const LutParams& p) { return (lut_scratch(block_rows(p)) + 15) / 16 * 16; }
 
-int workers_of(const fastops_env* env, const LutParams& p) {
-  constexpr int64_t kSerialWork = 100000;  // weights under which waking a thread costs more than it saves
-  if (env == nullptr || env->parallel_for == nullptr || env->num_threads <= 1 || p.N * p.K < kSerialWork) return 1;
-  return env->num_threads;
-}
-
 size_t workspace_of(const LutParams& p, int workers) {
   return static_cast<size_t>(scratch_at(p) + scratch_size(p) * workers) * sizeof(float);
 }
@@ -104,7 +94,7 @@ extern "C" fastops_status fastops_lut_linear_workspace(const fastops_lut_linear_
                                                        size_t* bytes) {
   Checks c("lut_linear", env ? env->message : nullptr);
   LutParams p{};
-  if (check(*desc, &p, c)) *bytes = workspace_of(p, workers_of(env, p));
+  if (check(*desc, &p, c)) *bytes = workspace_of(p, linear_workers(env, p.N, p.K));
   return c.status();
 }
 
@@ -112,7 +102,7 @@ extern "C" fastops_status fastops_lut_linear(const fastops_lut_linear_desc* desc
   Checks c("lut_linear", env->message);
   LutParams p{};
   if (!check(*desc, &p, c) || !c.can_run()) return c.status();
-  const int workers = workers_of(env, p);
+  const int workers = linear_workers(env, p.N, p.K);
   const size_t need = workspace_of(p, workers);
   if (need > 0 && (env->workspace == nullptr || env->workspace_size < need)) {
     c.fail(FASTOPS_ERR_WORKSPACE, "workspace has %zu bytes, needs %zu", env->workspace_size, need);

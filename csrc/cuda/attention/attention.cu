@@ -16,21 +16,16 @@ const char* refusal(const fastops_attention_desc& d, const AttentionParams& p) {
   if (p.bias) return "there is an attn_mask";
   if (p.D % 8 != 0 || p.Dv % 8 != 0) return "head sizes are not multiples of 8";
   // Eight elements at a time: 16 bytes, or 8, 4 or 2 bytes of codes (whose strides count bytes).
-  const auto aligned = [](const void* data, std::initializer_list<int64_t> strides) {
-    for (int64_t s : strides)
-      if (s % 8 != 0) return false;
-    return reinterpret_cast<uintptr_t>(data) % 16 == 0;
-  };
   const auto side = [&](const KvSide& q, const char* data, int64_t sb, int64_t ss, int64_t sh) {
-    if (q.kind == kKvPlain) return aligned(data, {sb, ss, sh});
+    if (q.kind == kKvPlain) return rows_aligned(data, {sb, ss, sh});
     const int unit = q.kind == kKvU4 ? 4 : q.kind == kKvU2 ? 2 : 8;
     return sb % unit == 0 && ss % unit == 0 && sh % unit == 0 && reinterpret_cast<uintptr_t>(data) % unit == 0;
   };
-  if (!aligned(p.q, {p.q_sb, p.q_ss, p.q_sh}) || !aligned(p.out, {p.o_sb, p.o_ss, p.o_sh}) ||
+  if (!rows_aligned(p.q, {p.q_sb, p.q_ss, p.q_sh}) || !rows_aligned(p.out, {p.o_sb, p.o_ss, p.o_sh}) ||
       !side(p.kq, p.k, p.k_sb, p.k_ss, p.k_sh) || !side(p.vq, p.v, p.v_sb, p.v_ss, p.v_sh))
     return "rows of q, k, v and out do not all begin at multiples of 16 bytes (eight codes: of their own size)";
-  if (p.packed && (!aligned(p.kq.recent, {p.kq.recent_s[0], p.kq.recent_s[1], p.kq.recent_s[2]}) ||
-                   !aligned(p.vq.recent, {p.vq.recent_s[0], p.vq.recent_s[1], p.vq.recent_s[2]})))
+  if (p.packed && (!rows_aligned(p.kq.recent, {p.kq.recent_s[0], p.kq.recent_s[1], p.kq.recent_s[2]}) ||
+                   !rows_aligned(p.vq.recent, {p.vq.recent_s[0], p.vq.recent_s[1], p.vq.recent_s[2]})))
     return "rows of the recent keys and values do not begin at multiples of 16 bytes";
   return nullptr;
 }

@@ -12,15 +12,10 @@ const char* refusal(const fastops_attention_bwd_desc& d, const BackwardParams& g
   if (d.fwd.q.dtype != FASTOPS_F16 && d.fwd.q.dtype != FASTOPS_BF16)
     return "q is float32 (the kernels take float16, bfloat16)";
   if (p.bias) return "there is an attn_mask";
-  const auto aligned = [](const void* data, std::initializer_list<int64_t> strides) {
-    for (int64_t s : strides)
-      if (s % 8 != 0) return false;
-    return reinterpret_cast<uintptr_t>(data) % 16 == 0;
-  };
-  if (!aligned(p.q, {p.q_sb, p.q_ss, p.q_sh}) || !aligned(p.k, {p.k_sb, p.k_ss, p.k_sh}) ||
-      !aligned(p.v, {p.v_sb, p.v_ss, p.v_sh}) || !aligned(g.dout, {g.do_sb, g.do_ss, g.do_sh}) ||
-      !aligned(g.dq, {g.dq_sb, g.dq_ss, g.dq_sh}) || !aligned(g.dk, {g.dk_sb, g.dk_ss, g.dk_sh}) ||
-      !aligned(g.dv, {g.dv_sb, g.dv_ss, g.dv_sh}))
+  if (!rows_aligned(p.q, {p.q_sb, p.q_ss, p.q_sh}) || !rows_aligned(p.k, {p.k_sb, p.k_ss, p.k_sh}) ||
+      !rows_aligned(p.v, {p.v_sb, p.v_ss, p.v_sh}) || !rows_aligned(g.dout, {g.do_sb, g.do_ss, g.do_sh}) ||
+      !rows_aligned(g.dq, {g.dq_sb, g.dq_ss, g.dq_sh}) || !rows_aligned(g.dk, {g.dk_sb, g.dk_ss, g.dk_sh}) ||
+      !rows_aligned(g.dv, {g.dv_sb, g.dv_ss, g.dv_sh}))
     return "rows of q, k, v, dout and their gradients do not all begin at multiples of 16 bytes";
   return nullptr;
 }

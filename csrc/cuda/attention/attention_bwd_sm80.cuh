@@ -120,8 +120,7 @@ attention_bwd_keys(const BackwardArgs args) {
     if (visible_keys(p, s, row0 / p.G).lo >= key0 + 64) break;
     const auto at = [&](const char* data, int64_t sb, int64_t ss, int64_t sh, int r) -> const T* {
       const int64_t row = row0 + r;
-      if (row >= rows) return nullptr;
-      return reinterpret_cast<const T*>(data) + b * sb + (s.q0 + row / p.G) * ss + (hkv * p.G + row % p.G) * sh;
+      return row < rows ? packed_row<T>(p, s, b, hkv, row, data, sb, ss, sh) : nullptr;
     };
     load_rows<T, kWalk, kDim>(q, p.D, [&](int r) { return at(p.q, p.q_sb, p.q_ss, p.q_sh, r); });
     load_rows<T, kWalk, kDim>(dout, p.Dv, [&](int r) { return at(g.dout, g.do_sb, g.do_ss, g.do_sh, r); });
@@ -179,8 +178,7 @@ attention_bwd_rows(const BackwardArgs args) {
   T* v = k + kWalk * kDim;
   const auto at = [&](const char* data, int64_t sb, int64_t ss, int64_t sh, int r) -> const T* {
     const int64_t row = block.row0 + r;
-    if (row >= block.rows) return nullptr;
-    return reinterpret_cast<const T*>(data) + b * sb + (s.q0 + row / p.G) * ss + (hkv * p.G + row % p.G) * sh;
+    return row < block.rows ? packed_row<T>(p, s, b, hkv, row, data, sb, ss, sh) : nullptr;
   };
   load_rows<T, 64, kDim>(q, p.D, [&](int r) { return at(p.q, p.q_sb, p.q_ss, p.q_sh, r); });
   load_rows<T, 64, kDim>(dout, p.Dv, [&](int r) { return at(g.dout, g.do_sb, g.do_ss, g.do_sh, r); });

@@ -2,10 +2,18 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 
 #include "core/attention_params.h"
 
 namespace fastops::cuda {
+
+// Whether rows of 16-bit elements with these strides all begin at multiples of 16 bytes.
+inline bool rows_aligned(const void* data, std::initializer_list<int64_t> strides) {
+  for (int64_t s : strides)
+    if (s % 8 != 0) return false;
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0;
+}
 
 constexpr int kAttentionThreads = 128;
 constexpr int kAttentionRows = 64;  // of a block: (query, head of the group) pairs; sixteen a warp

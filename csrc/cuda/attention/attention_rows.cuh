@@ -31,6 +31,13 @@ FASTOPS_DEVICE DeviceSequence device_sequence(const AttentionParams& p, int64_t 
   return d;
 }
 
+// Row `row` of a sequence and KV head, a (query, head of the group) pair, in q or a tensor like it.
+template <class T>
+FASTOPS_DEVICE const T* packed_row(const AttentionParams& p, const Sequence& s, int64_t b, int64_t hkv, int64_t row,
+                                   const char* data, int64_t sb, int64_t ss, int64_t sh) {
+  return reinterpret_cast<const T*>(data) + b * sb + (s.q0 + row / p.G) * ss + (hkv * p.G + row % p.G) * sh;
+}
+
 template <class T>
 struct DenseKeys {
   static constexpr bool kDecodes = false;

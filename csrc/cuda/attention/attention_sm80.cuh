@@ -30,7 +30,7 @@ struct TileLoader {
       const int64_t row = row0 + r;
       const bool there = row < rows && c * kChunk < p.D;
       const T* from = reinterpret_cast<const T*>(p.q);
-      if (there) from += b * p.q_sb + (s.q0 + row / p.G) * p.q_ss + (hkv * p.G + row % p.G) * p.q_sh + c * kChunk;
+      if (there) from = packed_row<T>(p, s, b, hkv, row, p.q, p.q_sb, p.q_ss, p.q_sh) + c * kChunk;
       cp_async16(q + Layout::at(r, c), from, there);
     }
   }

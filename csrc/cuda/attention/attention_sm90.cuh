@@ -160,8 +160,7 @@ attention_sm90(FASTOPS_ARGUMENT HopperArgs args) {
       const bool there = mine < block.rows && c * kChunk < p.D;
       const T* from = reinterpret_cast<const T*>(p.q);
       if (there)
-        from += block.b * p.q_sb + (block.found.s.q0 + mine / p.G) * p.q_ss + (block.hkv * p.G + mine % p.G) * p.q_sh +
-                c * kChunk;
+        from = packed_row<T>(p, block.found.s, block.b, block.hkv, mine, p.q, p.q_sb, p.q_ss, p.q_sh) + c * kChunk;
       cp_async16(q + Columns64<kHopperRows>::at(r, c), from, there);
     }
     cp_async_commit();

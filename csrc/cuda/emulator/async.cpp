@@ -136,7 +136,7 @@ void Async::show(int thread) {
     if (h == thread + 1) h = 0;
 }
 
-std::string Async::issue(int warp, const Product& p) {
+void Async::issue(int warp, const Product& p) {
   WarpProducts& w = products(warp);
   const auto count = static_cast<size_t>(p.columns / 2);
   Results& r = w.results[p.d[0]];
@@ -149,7 +149,6 @@ std::string Async::issue(int warp, const Product& p) {
   }
   w.open.push_back(p);
   ++w.issued;
-  return "";
 }
 
 std::string Async::wait(int warp, size_t newest) {

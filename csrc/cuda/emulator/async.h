@@ -79,7 +79,7 @@ class Async {
   void show(int thread);
 
   WarpProducts& products(int warp) { return products_[static_cast<size_t>(warp)]; }
-  std::string issue(int warp, const Product& p);
+  void issue(int warp, const Product& p);
   std::string wait(int warp, size_t newest);
 
  private:
