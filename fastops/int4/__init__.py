@@ -4,6 +4,7 @@ weight = fastops.int4.quantize(linear.weight, group_size=128)
 y = fastops.int4_linear(x, weight)
 """
 
+from fastops.int4.gguf_model import load_gguf
 from fastops.int4.importers import from_awq, from_compressed_tensors, from_gguf, from_gptq, from_hqq
 from fastops.int4.model import quantize_model
 from fastops.int4.quantize import METHODS, quantize
@@ -19,6 +20,7 @@ __all__ = [
     "from_gptq",
     "from_hqq",
     "gather24",
+    "load_gguf",
     "pack_pairs",
     "quantize",
     "quantize_model",

@@ -11,6 +11,9 @@ import fastops
 from fastops import cli, demo
 
 transformers = pytest.importorskip("transformers")
+pytest.importorskip("gguf")
+
+from gguf_files import write  # noqa: E402
 
 
 class Words:
@@ -35,6 +38,8 @@ def tiny(monkeypatch, tmp_path):
     )  # fmt: skip
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    write(model, tmp_path / "m.gguf", "gemma3", {"down_proj": "Q4_0", "up_proj": "Q5_0"})
+    monkeypatch.setattr(demo, "gguf_file", lambda: tmp_path / "m.gguf")
     monkeypatch.setattr(demo, "prepared_folder", lambda: tmp_path)
     monkeypatch.setattr(demo, "load", lambda folder, dtype: (model.to(dtype), Words()))
 
@@ -51,10 +56,10 @@ def test_demo_prints_texts_speeds_and_ratios(tiny, capsys):
     assert "texts:      the same" in shown
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_demo_in_few_bits(tiny, capsys, bits):
+@pytest.mark.parametrize(("bits", "words"), [(4, "4 and 8 bits"), (8, "8 bits")])
+def test_demo_in_few_bits(tiny, capsys, bits, words):
     assert cli.main(["demo", f"--int{bits}", "--prompt-tokens", "40", "--tokens", "5", "--repeats", "1"]) == 0
-    assert f"with fastops (linear layers: {bits} bits)" in capsys.readouterr().out
+    assert f"with fastops (linear layers: {words})" in capsys.readouterr().out
 
 
 def test_bench_model(tiny, capsys, tmp_path):
@@ -67,7 +72,8 @@ def test_bench_model(tiny, capsys, tmp_path):
         assert f"\n{name} " in shown
     assert "fastops-int4 against transformers-bf16: prompt " in shown
     quality = json.loads(out.read_text())["perplexity"]
-    assert abs(quality["fastops-int8"] / quality["transformers"] - 1) < 0.05
+    for ours in ("fastops-int8", "fastops-int4"):
+        assert abs(quality[ours] / quality["transformers"] - 1) < 0.05
     assert cli.main(["bench", "model", "--compare", "ollama"]) == 2
     assert "unknown 'ollama'" in capsys.readouterr().err
 
