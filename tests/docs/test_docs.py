@@ -37,12 +37,19 @@ def blocks():
 
 
 @pytest.mark.parametrize("code", list(blocks()))
-def test_python_blocks_run(code, monkeypatch, capsys):
+def test_python_blocks_run(code, monkeypatch, capsys, tmp_path):
     if "transformers" in code:
         pytest.importorskip("transformers")
         code = code.replace("model = AutoModelForCausalLM.from_pretrained(", "from_pretrained(")
         code = code.replace('model.save_pretrained("gemma-4-bit")', "")
         names = {"from_pretrained": lambda *a, **options: None, **tiny_model()}
+        if "gguf" in code:
+            pytest.importorskip("gguf")
+            monkeypatch.syspath_prepend(ROOT / "tests" / "integrations")
+            importlib.import_module("gguf_files").write(
+                names["model"], tmp_path / "model-Q4_0.gguf", "llama", {"down": "Q4_0"}
+            )
+            names["folder"] = tmp_path
     else:
         names = {}
     before = torch.nn.functional.scaled_dot_product_attention
