@@ -85,9 +85,9 @@ def _kernel(
     """The operator `silu` or `gelu`, by the activation: straight into out where the kernel can write there."""
     op, options = (silu, {}) if activation == SILU else (gelu, {"approximate": _APPROXIMATE[activation]})
     if out is not None and out.dim() == inputs[0].dim() and common.dense_rows(out) is out:
-        getattr(_ops.ops, f"{op}_out")(*inputs, **options, out=out)
+        getattr(_ops.ops, f"{op}_out").default(*inputs, **options, out=out)
         return out
-    y: Tensor = getattr(_ops.ops, op)(*inputs, **options).view(shape)
+    y: Tensor = getattr(_ops.ops, op).default(*inputs, **options).view(shape)
     return y if out is None else out.copy_(y)
 
 
@@ -153,6 +153,21 @@ def _operator(op: str, cpp: Any, plain: Any, validate: Any) -> Operator:
 
 
 _silu_and_mul, _gelu_and_mul = _halves_operator("silu_and_mul"), _halves_operator("gelu_and_mul")
+_DIRECT = {op: (getattr(_ops.ops, op).default, getattr(_ops.ops, f"{op}_out").default)
+           for op in ("silu_and_mul", "gelu_and_mul", "swiglu", "geglu")}  # fmt: skip
+
+
+def _directly(op: str, inputs: tuple[Tensor, ...], out: Tensor | None, **options: Any) -> Tensor | None:
+    """The call by the compiled operator itself; None where it may not be or is refused (see `common.direct`)."""
+    if not common.direct(*inputs):
+        return None
+    try:
+        if out is None:
+            return _DIRECT[op][0](*inputs, **options)  # type: ignore[no-any-return]
+        _DIRECT[op][1](*inputs, **options, out=out)
+        return out
+    except RuntimeError:
+        return None
 
 
 def silu_and_mul(x: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -177,6 +192,9 @@ def silu_and_mul(x: Tensor, *, out: Tensor | None = None) -> Tensor:
         >>> fastops.silu_and_mul(torch.tensor([1.0, 2.0]))
         tensor([1.4621])
     """
+    y = _directly("silu_and_mul", (x,), out)
+    if y is not None:
+        return y
     common.require_tensor("silu_and_mul", "x", x)
     return _silu_and_mul((x.dtype, x.device), x, out=out)
 
@@ -187,6 +205,9 @@ def gelu_and_mul(x: Tensor, *, approximate: str = "tanh", out: Tensor | None = N
     Args:
         approximate: "tanh" (Gemma) or "none" (the error function), as in torch's gelu.
     """
+    y = _directly("gelu_and_mul", (x,), out, approximate=approximate)
+    if y is not None:
+        return y
     common.require_tensor("gelu_and_mul", "x", x)
     return _gelu_and_mul((x.dtype, x.device), x, approximate=approximate, out=out)
 
@@ -223,12 +244,18 @@ _swiglu, _geglu = _pair_operator("swiglu"), _pair_operator("geglu")
 
 def swiglu(gate: Tensor, up: Tensor, *, out: Tensor | None = None) -> Tensor:
     """silu(gate) * up: `silu_and_mul` for two tensors of one shape. out may be gate or up."""
+    y = _directly("swiglu", (gate, up), out)
+    if y is not None:
+        return y
     common.require_tensor("swiglu", "gate", gate)
     return _swiglu((gate.dtype, gate.device), gate, up, out=out)
 
 
 def geglu(gate: Tensor, up: Tensor, *, approximate: str = "tanh", out: Tensor | None = None) -> Tensor:
     """gelu(gate) * up: `gelu_and_mul` for two tensors of one shape. out may be gate or up."""
+    y = _directly("geglu", (gate, up), out, approximate=approximate)
+    if y is not None:
+        return y
     common.require_tensor("geglu", "gate", gate)
     return _geglu((gate.dtype, gate.device), gate, up, approximate=approximate, out=out)
 

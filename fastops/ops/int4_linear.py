@@ -89,14 +89,14 @@ def run_cpp(
         rows = rows.contiguous()
     bias, int8 = common.to_f32(bias), activations == "int8"
     if out is not None and out.dim() == 2 and (out.stride(1) == 1 or n == 1):
-        _ops.ops.int4_linear_out(rows, packed.codes, packed.scales, bias=bias, int8=int8, **packed.rest, out=out)
+        _into(rows, packed.codes, packed.scales, bias=bias, int8=int8, **packed.rest, out=out)
         return out
     result = _op(rows, packed.codes, packed.scales, n, bias=bias, int8=int8, **packed.rest)
     result = result if x.dim() == 2 else result.view(*x.shape[:-1], n)
     return result if out is None else out.copy_(result)
 
 
-_op = _ops.ops.int4_linear.default
+_op, _into = _ops.ops.int4_linear.default, _ops.ops.int4_linear_out.default
 
 
 class Int4Linear(torch.autograd.Function):
@@ -168,8 +168,25 @@ def int4_linear(
         >>> fastops.int4_linear(torch.randn(3, 128), weight).shape
         torch.Size([3, 64])
     """
+    if type(weight) is Int4Weight and activations in MODES and common.direct(x, bias):
+        n, k = weight.shape
+        into = out is None or getattr(out, "shape", None) == (x.shape[0], n)  # the kernel takes N from out
+        if x.dim() == 2 and x.shape[1] == k and into:
+            packed, int8 = weight.packed(), activations == "int8"
+            try:
+                if out is None:
+                    return _op(x, packed.codes, packed.scales, n, bias=bias, int8=int8, **packed.rest)  # type: ignore[no-any-return]
+                _into(x, packed.codes, packed.scales, bias=bias, int8=int8, **packed.rest, out=out)
+                return out
+            except RuntimeError:  # refused: the long way prepares the tensors, or says what is wrong
+                pass
     common.require_tensor(NAME, "x", x)
-    if not isinstance(weight, Int4Weight) or activations not in MODES or weight.device != x.device:
+    if (
+        not isinstance(weight, Int4Weight)
+        or activations not in MODES
+        or weight.device != x.device
+        or x.shape[-1:] != weight.shape[1:]  # the kernel would take other numbers of planes
+    ):
         validate(x, weight, bias, activations=activations, out=out)
     if out is not None:
         common.check_out(NAME, out, (*x.shape[:-1], weight.shape[0]), x)

@@ -250,7 +250,7 @@ def _run(
         return y if out is None else out.copy_(y)
     rows, vectors = common.kernel_rows(x), [common.kernel_vector(t, x) for t in affine]
     if out is not None and rows.dim() == out.dim() and common.dense_rows(out) is out:
-        getattr(_ops.ops, f"{op}_out")(rows, *vectors, **options, out=out)
+        getattr(_ops.ops, f"{op}_out").default(rows, *vectors, **options, out=out)
         return out
     y = getattr(_ops.ops, op).default(rows, *vectors, **options).view(x.shape)
     return y if out is None else out.copy_(y)
@@ -264,6 +264,7 @@ def _rms_cpp(
 
 
 _rms = _operator("rms_norm", _rms_cpp, _rms_reference, _rms_validate)
+_rms_op, _rms_into = _ops.ops.rms_norm.default, _ops.ops.rms_norm_out.default
 
 
 def rms_norm(
@@ -301,6 +302,14 @@ def rms_norm(
         >>> fastops.rms_norm(torch.tensor([3.0, 4.0]), eps=0.0)
         tensor([0.8485, 1.1314])
     """
+    if quant is None and common.direct(x, weight):
+        try:
+            if out is None:
+                return _rms_op(x, weight, eps, weight_offset=weight_offset)
+            _rms_into(x, weight, eps, weight_offset=weight_offset, out=out)
+            return out
+        except RuntimeError:  # refused: the long way prepares the tensors, or says what is wrong
+            pass
     common.require_tensor("rms_norm", "x", x)
     return _rms((x.dtype, x.device), x, weight, eps, weight_offset=weight_offset, quant=quant, out=out)
 
@@ -340,15 +349,14 @@ def _fused_cpp(
     if common.any_grad(x, residual, weight):
         return FusedAddNorm.apply(x, residual, weight, eps, weight_offset)
     if x.dim() <= common.MAX_DIMS and common.dense_rows(x) is x and common.dense_rows(residual) is residual:
-        _ops.ops.fused_add_rms_norm.default(
-            x, residual, common.kernel_vector(weight, x), eps, weight_offset=weight_offset
-        )
+        _fused_op(x, residual, common.kernel_vector(weight, x), eps, weight_offset=weight_offset)
         return x, residual
     y, total, _, _, _ = _kernel(x, residual, weight, None, eps, weight_offset, False)
     return x.copy_(y), residual.copy_(total)
 
 
 _fused = _operator("fused_add_rms_norm", _fused_cpp, _fused_reference, _fused_validate)
+_fused_op = _ops.ops.fused_add_rms_norm.default
 
 
 def fused_add_rms_norm(
@@ -377,6 +385,12 @@ def fused_add_rms_norm(
     Numerics: the sum is normalised in fp32, before it is rounded for `residual` (FlashInfer's way; vLLM rounds first).
     Cost: memory-bound, two reads and two writes of each element.
     """
+    if quant is None and common.direct(x, residual, weight):
+        try:
+            _fused_op(x, residual, weight, eps, weight_offset=weight_offset)
+            return x, residual
+        except RuntimeError:
+            pass
     common.require_tensor("fused_add_rms_norm", "x", x)
     return _fused((x.dtype, x.device), x, residual, weight, eps, weight_offset=weight_offset, quant=quant)
 

@@ -270,6 +270,9 @@ def _qk_cpp(
 # ---- operators ------------------------------------------------------------------------------------------------------
 
 
+_qk_op, _qk_into = _ops.ops.qk_norm_rope.default, _ops.ops.qk_norm_rope_out.default
+
+
 def _describe(q: Tensor, *args: Any, cos: Any = None, **kwargs: Any) -> Call:
     return Call(q.device.type, q.dtype)
 
@@ -391,6 +394,24 @@ def qk_norm_rope(
     Raises:
         ValueError, TypeError: as `apply_rope`; a slot outside the cache.
     """
+    caches = not (slots is None and v is None and k_cache is None and v_cache is None)
+    if (out is not None or not caches) and common.direct(q, k, q_weight, k_weight, cos, sin):
+        try:
+            if out is None:
+                q_new, k_new = _qk_op(
+                    q, k, q_weight, k_weight, cos, sin, eps=eps, weight_offset=weight_offset, positions=positions,
+                    interleaved=interleaved,
+                )  # fmt: skip
+                return q_new, None if k is None else k_new
+            q_new, k_new = out
+            _qk_into(
+                q, k, q_weight, k_weight, cos, sin, eps=eps, weight_offset=weight_offset, positions=positions,
+                interleaved=interleaved, v=v, slots=slots, q_out=q_new, k_out=None if k is None else k_new,
+                k_cache=k_cache, v_cache=v_cache,
+            )  # fmt: skip
+            return q_new, None if k is None else k_new
+        except (RuntimeError, TypeError, ValueError):  # refused: the long way prepares the tensors, or says why
+            pass
     common.require_tensor("qk_norm_rope", "q", q)
     return _qk(
         (q.dtype, q.device), q, k, q_weight, k_weight, cos, sin, eps=eps, weight_offset=weight_offset,

@@ -249,3 +249,14 @@ def shuffled(q):
         fastops.int4.pack_pairs(codes[:, columns]), scales[:, order].contiguous(), planes=q.planes,
         perm=(columns % q.shape[1]).int(),
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("features", [64, 256])
+@pytest.mark.parametrize("grad", [False, True])
+def test_another_number_of_features_is_refused_on_every_call(features, grad):
+    """The packed codes would pass for those of another number of planes."""
+    weight = fastops.int4.quantize(torch.randn(32, 128), group_size=32)
+    fastops.int4_linear(torch.randn(3, 128), weight)
+    for x in (torch.randn(3, features, requires_grad=grad), torch.randn(2, 2, features, requires_grad=grad)):
+        with pytest.raises(ValueError, match="its last dimension must be K = 128"):
+            fastops.int4_linear(x, weight)
