@@ -7,8 +7,10 @@
 
 namespace fastops {
 
-// Calls f(item, worker) once for each item in [0, n). Workers (at most env.num_threads) take the next item when they
-// are done with one, so uneven items balance; `worker` < env.num_threads picks the scratch. One worker runs inline.
+// Calls f(item, worker) once for each item in [0, n). Every worker (at most env.num_threads) has a run of neighbouring
+// items of its own, the same in every call with as many items, so that what one call wrote is in the cache of the core
+// whose next call reads it; a worker that is done takes items of the others. `worker` < env.num_threads picks the
+// scratch. One worker runs inline.
 template <class F>
 void parallel_items(const fastops_env& env, int64_t n, F&& f) {
   const int64_t workers = env.num_threads < n ? env.num_threads : n;
@@ -16,18 +18,32 @@ void parallel_items(const fastops_env& env, int64_t n, F&& f) {
     for (int64_t i = 0; i < n; ++i) f(i, 0);
     return;
   }
-  struct Shared {
+  constexpr int64_t kMostRuns = 64;
+  struct alignas(64) Run {
     std::atomic<int64_t> next;
-    int64_t n;
+    int64_t end;
+  };
+  struct Shared {
+    Run runs[kMostRuns];
+    int64_t count;
     F* f;
-  } shared{{0}, n, &f};
+  } shared;
+  shared.count = workers < kMostRuns ? workers : kMostRuns;
+  shared.f = &f;
+  for (int64_t r = 0; r < shared.count; ++r) {
+    shared.runs[r].next.store(n * r / shared.count, std::memory_order_relaxed);
+    shared.runs[r].end = n * (r + 1) / shared.count;
+  }
   env.parallel_for(
       env.parallel_ctx, workers, 1,
       [](void* arg, int64_t begin, int64_t end) {
         auto* s = static_cast<Shared*>(arg);
         for (int64_t worker = begin; worker < end; ++worker)
-          for (int64_t i; (i = s->next.fetch_add(1, std::memory_order_relaxed)) < s->n;)
-            (*s->f)(i, static_cast<int>(worker));
+          for (int64_t k = 0; k < s->count; ++k) {
+            Run& run = s->runs[(worker + k) % s->count];
+            for (int64_t i; (i = run.next.fetch_add(1, std::memory_order_relaxed)) < run.end;)
+              (*s->f)(i, static_cast<int>(worker));
+          }
       },
       &shared);
 }

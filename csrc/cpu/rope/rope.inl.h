@@ -30,6 +30,34 @@ void rope_angles(const RopeAngles& from, const RopeShape& shape, float* cos, flo
   }
 }
 
+// The sum of squares of a head's elements, spread over a vector.
+template <class T>
+FASTOPS_INLINE vf rope_squares(const T* in, int64_t d) {
+  vf even = vzero(), odd = vzero();
+  int64_t i = 0;
+  for (; i + 2 * W <= d; i += 2 * W) {
+    const vf a = vload(in + i), b = vload(in + i + W);
+    even = vfma(a, a, even);
+    odd = vfma(b, b, odd);
+  }
+  for (; i < d; i += W) {
+    const vf a = vloadn(in + i, static_cast<int>(d - i < W ? d - i : W));
+    even = vfma(a, a, even);
+  }
+  return vadd(even, odd);
+}
+
+// 1 / the root mean square of up to W heads: one head alone would wait for its sum, its root and its quotient.
+template <class T>
+FASTOPS_INLINE void rope_rstd(const RopeHeads& h, const RopeShape& shape, int64_t first, float* rstd) {
+  vf squares[W];
+  for (int64_t i = 0; i < W; ++i)
+    squares[i] = first + i < h.heads ? rope_squares(reinterpret_cast<const T*>(h.in + (first + i) * h.in_step), shape.d)
+                                     : vzero();
+  vstore(rstd, vreduce(squares));
+  for (int i = 0; i < W; ++i) rstd[i] = 1.0f / __builtin_sqrtf(rstd[i] / static_cast<float>(shape.d) + shape.eps);
+}
+
 // One head's elements, normalised where a weight is given: x rstd weight.
 template <class T>
 struct RopeInput {
@@ -37,21 +65,6 @@ struct RopeInput {
   const float* weight;
   vf rstd;
 
-  FASTOPS_INLINE RopeInput(const T* x, const float* w, int64_t d, float eps) : in(x), weight(w), rstd(vzero()) {
-    if (w == nullptr) return;
-    vf even = vzero(), odd = vzero();
-    int64_t i = 0;
-    for (; i + 2 * W <= d; i += 2 * W) {
-      const vf a = vload(in + i), b = vload(in + i + W);
-      even = vfma(a, a, even);
-      odd = vfma(b, b, odd);
-    }
-    for (; i < d; i += W) {
-      const vf a = vloadn(in + i, static_cast<int>(d - i < W ? d - i : W));
-      even = vfma(a, a, even);
-    }
-    rstd = vset(1.0f / __builtin_sqrtf(vsum(vadd(even, odd)) / static_cast<float>(d) + eps));
-  }
   template <bool kNorm, bool kFull>
   FASTOPS_INLINE vf take(int64_t i, int m) const {
     const vf x = kFull ? vload(in + i) : vloadn(in + i, m);
@@ -107,8 +120,10 @@ FASTOPS_INLINE void rope_halves_stream(const RopeInput<T>& x, T* out, int64_t ha
 template <class T, bool kNorm>
 void rope_heads_as(const RopeHeads& h, const RopeShape& shape, const float* cos, const float* sin) {
   const int64_t d = shape.d, half = shape.half, turned = 2 * half;
+  float rstd[W] = {};
   for (int64_t head = 0; head < h.heads; ++head) {
-    const RopeInput<T> x(reinterpret_cast<const T*>(h.in + head * h.in_step), h.weight, d, shape.eps);
+    if (kNorm && head % W == 0) rope_rstd<T>(h, shape, head, rstd);
+    const RopeInput<T> x{reinterpret_cast<const T*>(h.in + head * h.in_step), h.weight, vset(rstd[head % W])};
     T* out = reinterpret_cast<T*>(h.out + head * h.out_step);
     if (h.next != nullptr)
       for (int64_t i = 0; i < d * static_cast<int64_t>(sizeof(T)); i += 64) vprefetch(h.next + head * h.in_step + i);
