@@ -1,7 +1,9 @@
 """The CUDA INT4 product, emulated on CPU tensors, against the reference."""
 
 import os
+import subprocess
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from fastops.ops.int4_linear import reference
 from fastops.testing import assert_matches, guarded
 
 DTYPES = [torch.float16, torch.bfloat16]
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
 
 
 def check(x, weight, bias=None, what="", activations="float"):
@@ -38,6 +41,69 @@ def test_shapes(dtype, m, n, k, symmetric):
     """Each tile height, tails of every dimension, splits of K; symmetric and with zeros."""
     weight = int4.quantize(torch.randn(n, k), group_size=32 if k % 32 == 0 else -1, symmetric=symmetric)
     check(torch.randn(m, k).to(dtype), weight, torch.randn(n) if m % 2 else None, f"{m} {n} {k}")
+
+
+STRIPES = [  # on the emulated device of four multiprocessors: eight runs
+    (1, 136, 1024),  # two tiles of sixteen steps: runs within a tile
+    (20, 400, 640),  # four tiles of ten: runs of five
+    (70, 700, 192),  # twelve tiles of three: runs of four and a half, over several tiles, in two rows of tiles
+    (33, 1100, 128),  # nine tiles of two: nothing to cut, runs of a tile
+]
+
+
+@pytest.mark.parametrize("activations", ["float", "int8"])
+@pytest.mark.parametrize(("m", "n", "k"), STRIPES)
+def test_stripes(m, n, k, activations):
+    """Runs of steps that begin and end within tiles, and go over several; groups that cuts go through."""
+    x, bias = torch.randn(m, k).half(), torch.randn(n)
+    for options in ({"symmetric": False}, {"group_size": -1}, {"sparsity": "2:4"}):
+        weight = int4.quantize(torch.randn(n, k), **{"group_size": 64, **options})
+        check(x, weight, bias, f"{m} {n} {k} {options}", activations)
+    eight = int4.quantize(torch.randn(n, k), group_size=-1, bits=8)
+    first = check(x, eight, what="8 bits", activations=activations)
+    os.environ["FASTOPS_EMULATOR_SEED"] = "5"
+    try:
+        assert torch.equal(first, check(x, eight, what="another order", activations=activations))
+    finally:
+        del os.environ["FASTOPS_EMULATOR_SEED"]
+
+
+def test_stripes_fill_the_device(tmp_path):
+    """Their number, by the function the library calls; every step is in one run, and runs are of one length."""
+    code = r"""
+#include <cstdio>
+#include <cstdlib>
+#include "cuda/int4_linear/int4_config.h"
+using namespace fastops::cuda;
+int main(int, char** a) {
+  const int64_t tiles = atoll(a[1]), chunks = atoll(a[2]), steps = tiles * chunks;
+  const int64_t n = int4_stripes(tiles, chunks, atoi(a[3]));
+  int64_t least = steps, most = 0;
+  for (int64_t s = 0; s < n; ++s) {
+    const int64_t from = int4_stripe_begin(steps, n, s), to = int4_stripe_begin(steps, n, s + 1);
+    for (int64_t i = from; i < to; ++i)
+      if (int4_stripe_of(steps, n, i) != s) return 1;
+    least = to - from < least ? to - from : least;
+    most = to - from > most ? to - from : most;
+  }
+  if (int4_stripe_begin(steps, n, n) != steps || most - least > 1) return 2;
+  std::printf("%lld %lld", static_cast<long long>(n), static_cast<long long>(least));
+}"""
+    source, program = tmp_path / "stripes.cpp", tmp_path / "stripes"
+    source.write_text(code)
+    subprocess.run(["c++", "-std=c++20", f"-I{CSRC}", f"-I{CSRC}/include", source, "-o", program], check=True)
+
+    def stripes(*args):
+        ran = subprocess.run([program, *map(str, args)], capture_output=True, text=True, check=True)
+        return tuple(map(int, ran.stdout.split()))
+
+    assert stripes(32, 64, 132) == (264, 7)  # Llama 3 8B's 4096 x 4096, one row, on an H200: 7 or 8 steps each
+    assert stripes(112, 64, 132) == (264, 27)  # 14336 x 4096
+    assert stripes(264, 64, 132) == (264, 64)  # the tiles fill it exactly
+    assert stripes(300, 64, 132) == (264, 72)  # no second wave of 36 tiles
+    assert stripes(4096, 64, 132) == (4096, 64)  # many waves: a run for each tile
+    assert stripes(8, 20, 132) == (40, 4)  # not less than four steps
+    assert stripes(3, 2, 132) == (3, 2)
 
 
 @pytest.mark.parametrize("group", [-1, 32, 64, 96, 128])

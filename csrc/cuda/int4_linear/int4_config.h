@@ -1,4 +1,4 @@
-// Tiles and splits of the INT4 product: pure functions of shapes and of the device.
+// Tiles and stripes of the INT4 product: pure functions of shapes and of the device.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -30,15 +30,24 @@ FASTOPS_SHARED constexpr size_t int4_stage_bytes(int tiles) {
 FASTOPS_SHARED constexpr size_t int4_int8_stage_bytes(int tiles) {
   return static_cast<size_t>(tiles * 16 * kInt4Depth + kInt4Columns * kInt4Depth / 2);
 }
-FASTOPS_SHARED constexpr int int4_blocks_per_sm(int tiles) { return tiles == 1 ? 3 : tiles == 2 ? 2 : 1; }
-// Parts that K is split into, so that few output tiles fill the device: two blocks for each multiprocessor, and at
-// least four stages each.
-inline int64_t int4_splits(int64_t blocks, int64_t K, int sm_count) {
-  const int64_t chunks = (K + kInt4Depth - 1) / kInt4Depth, want = 2 * static_cast<int64_t>(sm_count);
-  if (blocks <= 0 || blocks >= want) return 1;
-  int64_t splits = want / blocks;
-  if (splits > chunks / 4) splits = chunks / 4;
-  return splits < 1 ? 1 : splits > 16 ? 16 : splits;
+// Blocks that a multiprocessor must have registers for.
+FASTOPS_SHARED constexpr int int4_blocks_per_sm(int tiles) { return tiles == 1 ? 4 : tiles == 2 ? 3 : 2; }
+// Marlin's stripes: the steps of all output tiles in one row, tile behind tile, are cut into equal runs, one for each
+// block, so that all multiprocessors end together whatever the number of tiles; a tile that a cut goes through is added
+// up from its parts. Two runs for each multiprocessor, of at least four steps; where the tiles fill the device many
+// times over, one run for each tile.
+inline int64_t int4_stripes(int64_t tiles, int64_t chunks, int sm_count) {
+  const int64_t resident = 2 * static_cast<int64_t>(sm_count), most = tiles * chunks / 4;
+  if (tiles >= 8 * resident || tiles % resident == 0) return tiles;
+  if (resident <= most) return resident;
+  return most > tiles ? most : tiles;  // runs of one tile where tiles are short
+}
+// The first step of a run, and the run a step is in.
+FASTOPS_SHARED constexpr int64_t int4_stripe_begin(int64_t steps, int64_t stripes, int64_t stripe) {
+  return steps * stripe / stripes;
+}
+FASTOPS_SHARED constexpr int64_t int4_stripe_of(int64_t steps, int64_t stripes, int64_t step) {
+  return ((step + 1) * stripes - 1) / steps;
 }
 
 }  // namespace fastops::cuda

@@ -1,4 +1,4 @@
-// The INT4 product's C API on a GPU: checks, the choice of tile and splits, the launches.
+// The INT4 product's C API on a GPU: checks, the choice of tile and stripes, the launches.
 #include "core/checks.h"
 #include "cuda/int4_linear/int4_linear_int8.cuh"
 #include "cuda/int4_linear/int4_linear_sm80.cuh"
@@ -88,6 +88,11 @@ bool check(const fastops_int4_linear_desc& d, Int4Args* a, Checks& c) {
   return true;
 }
 
+bool cut(const Int4Args& a) { return a.stripes != a.steps / a.chunks; }
+// Of a multiple of 16.
+size_t part_bytes(const Int4Args& a, int tiles) {
+  return cut(a) ? static_cast<size_t>(2 * a.stripes * 16 * tiles * kInt4Columns) * sizeof(float) : 0;
+}
 int64_t pitch_of(const Int4Args& a) { return (a.Kx + 15) / 16 * 16; }  // bytes of a row of x in int8
 
 fastops_status plan_of(const fastops_int4_linear_desc& d, fastops_cuda_env* env, Plan* plan) {
@@ -101,52 +106,50 @@ fastops_status plan_of(const fastops_int4_linear_desc& d, fastops_cuda_env* env,
   plan->hopper = int4_use_hopper(device.sm90a && !plan->int8 && !a.sparse, a.M, a.K, a.Kx, a.group_size) &&
                  tensor_map({a.x, {a.Kx, a.M, 1, 1}, {a.ldx, 8, 8}, kInt4HopperRows}, env, &plan->x);
   if (plan->hopper) {
-    a.splits = 1;
     if (a.zeros || a.mins) plan->bytes = static_cast<size_t>(a.M * a.groups) * sizeof(float);
     return FASTOPS_OK;
   }
   plan->tiles = int4_tiles(a.M);
-  const int64_t blocks = (a.N + kInt4Columns - 1) / kInt4Columns * ((a.M + 16 * plan->tiles - 1) / (16 * plan->tiles));
-  const int64_t chunks = (a.K + kInt4Depth - 1) / kInt4Depth, splits = int4_splits(blocks, a.K, device.sm_count);
-  a.split_chunks = (chunks + splits - 1) / splits;
-  a.splits = (chunks + a.split_chunks - 1) / a.split_chunks;  // none of them empty
-  if (a.splits > 1) plan->bytes = static_cast<size_t>(a.splits * a.M * a.N) * sizeof(float);
+  const int64_t tiles = (a.N + kInt4Columns - 1) / kInt4Columns * ((a.M + 16 * plan->tiles - 1) / (16 * plan->tiles));
+  a.chunks = (a.K + kInt4Depth - 1) / kInt4Depth;
+  a.steps = tiles * a.chunks;
+  a.stripes = int4_stripes(tiles, a.chunks, device.sm_count);
+  plan->bytes = part_bytes(a, plan->tiles);
   if (plan->int8) {
-    plan->bytes = (plan->bytes + 15) / 16 * 16;
     plan->bytes += static_cast<size_t>(a.M * (pitch_of(a) + (1 + a.groups) * static_cast<int64_t>(sizeof(float))));
   }
   return FASTOPS_OK;
 }
 
 template <class T, int kTiles>
+fastops_status add_parts(const Int4Args& a, fastops_cuda_env* env) {
+  if (!cut(a)) return FASTOPS_OK;
+  return launch<int4_add<T, kTiles>>({a.stripes - 1, a.M < 16 * kTiles ? (a.M + 15) / 16 : kTiles, 1, kInt4Threads, 0},
+                                     env, a);
+}
+
+template <class T, int kTiles>
 fastops_status run_int8(const Int4Args& a, fastops_cuda_env* env) {
-  const size_t parts = a.splits > 1 ? static_cast<size_t>(a.splits * a.M * a.N) * sizeof(float) : 0;
-  Int4Int8Args args{a, reinterpret_cast<int8_t*>(static_cast<char*>(env->workspace) + (parts + 15) / 16 * 16), nullptr,
+  Int4Int8Args args{a, reinterpret_cast<int8_t*>(static_cast<char*>(env->workspace) + part_bytes(a, kTiles)), nullptr,
                     nullptr, pitch_of(a)};
   args.row_scale = reinterpret_cast<float*>(args.x + a.M * args.pitch);
   args.sums = args.row_scale + a.M;
   fastops_status status = launch<int4_round_rows<T>>({a.M, 1, 1, kInt4Threads, 33 * sizeof(float)}, env, args);
-  const Grid grid{(a.N + kInt4Columns - 1) / kInt4Columns, (a.M + 16 * kTiles - 1) / (16 * kTiles), a.splits,
-                  kInt4Threads, int4_int8_stage_bytes(kTiles) * kInt4Stages};
+  const Grid grid{a.stripes, 1, 1, kInt4Threads, int4_int8_stage_bytes(kTiles) * kInt4Stages};
   if (status == FASTOPS_OK)
     status = a.sparse ? launch<int4_gemm_int8<T, kTiles, true>>(grid, env, args)
                       : launch<int4_gemm_int8<T, kTiles, false>>(grid, env, args);
-  if (status == FASTOPS_OK && a.splits > 1)
-    status = launch<int4_add<T>>({(a.M * a.N + kInt4Threads - 1) / kInt4Threads, 1, 1, kInt4Threads, 0}, env, a);
-  return status;
+  return status == FASTOPS_OK ? add_parts<T, kTiles>(a, env) : status;
 }
 
 template <class T, int kTiles>
 fastops_status run(const Int4Args& a, bool int8, fastops_cuda_env* env) {
   if (int8) return run_int8<T, kTiles>(a, env);
-  const Grid grid{(a.N + kInt4Columns - 1) / kInt4Columns, (a.M + 16 * kTiles - 1) / (16 * kTiles), a.splits,
-                  kInt4Threads, int4_stage_bytes(kTiles) * kInt4Stages};
+  const Grid grid{a.stripes, 1, 1, kInt4Threads, int4_stage_bytes(kTiles) * kInt4Stages};
   fastops_status status = a.sparse            ? launch<int4_gemm<T, kTiles, false, true>>(grid, env, a)
                           : a.zeros || a.mins ? launch<int4_gemm<T, kTiles, true, false>>(grid, env, a)
                                               : launch<int4_gemm<T, kTiles, false, false>>(grid, env, a);
-  if (status == FASTOPS_OK && a.splits > 1)
-    status = launch<int4_add<T>>({(a.M * a.N + kInt4Threads - 1) / kInt4Threads, 1, 1, kInt4Threads, 0}, env, a);
-  return status;
+  return status == FASTOPS_OK ? add_parts<T, kTiles>(a, env) : status;
 }
 
 template <class T>

@@ -45,29 +45,30 @@ int4_round_rows(const Int4Int8Args args) {
 }
 
 template <class T, int kTiles, bool k24>
-FASTOPS_KERNEL(kInt4Threads, kTiles == 4 ? 2 : 4)
+FASTOPS_KERNEL(kInt4Threads, int4_blocks_per_sm(kTiles))
 int4_gemm_int8(const Int4Int8Args args) {
   constexpr int kRows = 16 * kTiles, kOctets = kInt4Depth / 8, kRowBytes = kInt4Depth;
   const Int4Args& a = args.a;
   const int lane = lane_index(), warp = warp_index(), g = lane / 4, t = lane % 4;
-  const int64_t column0 = block_x() * kInt4Columns, row0 = block_y() * kRows;
-  const int64_t chunks = (a.K + kInt4Depth - 1) / kInt4Depth, first = block_z() * a.split_chunks;
-  const int64_t end = first + a.split_chunks < chunks ? first + a.split_chunks : chunks;
+  const int64_t begin = int4_stripe_begin(a.steps, a.stripes, block_x());
+  const int64_t end = int4_stripe_begin(a.steps, a.stripes, block_x() + 1);
+  Int4Walk<kRows> at(a, begin), ahead(a, begin);
   char* const shared = dynamic_shared();
-  const auto x_of = [&](int64_t chunk) { return shared + chunk % kInt4Stages * int4_int8_stage_bytes(kTiles); };
+  const auto x_of = [&](int64_t step) { return shared + step % kInt4Stages * int4_int8_stage_bytes(kTiles); };
   // Sixteen-byte places are exchanged so that four rows of a half warp meet no bank twice.
   const auto x_at = [](int row, int pair) { return row * kRowBytes + (pair ^ (row & 2)) * 16; };
   const uint64_t policy = cache_policy(a.M <= kRows);
-  const auto load = [&](int64_t chunk) {
-    char* xs = x_of(chunk);
+  const auto load = [&](int64_t step) {
+    char* xs = x_of(step);
     FASTOPS_UNROLL_BY(1)
     for (int i = thread_index(); i < kRows * kOctets / 2; i += kInt4Threads) {
       const int r = i / (kOctets / 2), pair = i % (kOctets / 2);
-      const int64_t row = row0 + r, k = chunk * kInt4Depth + pair * 16;
+      const int64_t row = ahead.row0 + r, k = ahead.chunk * kInt4Depth + pair * 16;
       const bool there = row < a.M && k < a.K;
       cp_async16(xs + x_at(r, pair), there ? args.x + row * args.pitch + k % a.Kx : args.x, there);
     }
-    int4_load_codes<k24>(a, xs + kRows * kRowBytes, column0, chunk, policy);
+    int4_load_codes<k24>(a, xs + kRows * kRowBytes, ahead.column0, ahead.chunk, policy);
+    ahead.next(a);
   };
 
   float total[kTiles][4][4];
@@ -83,7 +84,7 @@ int4_gemm_int8(const Int4Int8Args args) {
       }
     }
   }
-  // A group's products, and, where the group ends, its offsets: of the splits that share a group the last one has them.
+  // A group's products, and, where the group ends, its offsets: of the runs that share a group the last one has them.
   bool open = false;
   const auto flush = [&](int64_t group, bool ends) {
     open = false;
@@ -92,21 +93,21 @@ int4_gemm_int8(const Int4Int8Args args) {
     for (int m = 0; m < kTiles; ++m) {
       FASTOPS_UNROLL
       for (int r = 0; r < 2; ++r) {
-        const int64_t row = row0 + 16 * m + g + 8 * r;
+        const int64_t row = at.row0 + 16 * m + g + 8 * r;
         sums[m][r] = ends && row < a.M ? args.sums[row * a.groups + group] : 0.0f;
       }
     }
-    const int64_t base = ((column0 / 16 + 2 * warp) * a.groups + group) * 16 + 2 * t;
-    const int step = static_cast<int>(a.groups) * 16, left = static_cast<int>(a.N - column0) - warp * 32 - 2 * t;
+    const int64_t base = ((at.column0 / 16 + 2 * warp) * a.groups + group) * 16 + 2 * t;
+    const int step = static_cast<int>(a.groups) * 16, left = static_cast<int>(a.N - at.column0) - warp * 32 - 2 * t;
     FASTOPS_UNROLL
     for (int n = 0; n < 4; ++n) {
       FASTOPS_UNROLL
       for (int i = 0; i < 2; ++i) {
         if (n * 8 + i >= left) continue;
-        const int64_t at = base + n / 2 * step + n % 2 * 8 + i;
-        const float scale = number_at(a.scales, a.scale_dtype, at);
-        const float offset = a.zeros  ? number_at(a.zeros, a.scale_dtype, at) * scale
-                             : a.mins ? number_at(a.mins, a.scale_dtype, at)
+        const int64_t place = base + n / 2 * step + n % 2 * 8 + i;
+        const float scale = number_at(a.scales, a.scale_dtype, place);
+        const float offset = a.zeros  ? number_at(a.zeros, a.scale_dtype, place) * scale
+                             : a.mins ? number_at(a.mins, a.scale_dtype, place)
                                       : 8.0f * scale;
         FASTOPS_UNROLL
         for (int m = 0; m < kTiles; ++m) {
@@ -121,15 +122,16 @@ int4_gemm_int8(const Int4Int8Args args) {
   };
 
   for (int s = 0; s < kInt4Stages - 1; ++s) {
-    if (first + s < end) load(first + s);
+    if (begin + s < end) load(begin + s);
     cp_async_commit();
   }
-  for (int64_t chunk = first; chunk < end; ++chunk) {
+  int64_t head = at.chunk;  // where this block begins the tile
+  for (int64_t step = begin; step < end; ++step, at.next(a)) {
     cp_async_wait<kInt4Stages - 2>();
-    block_sync();  // this chunk is there, and nobody reads the one before it any more
-    if (chunk + kInt4Stages - 1 < end) load(chunk + kInt4Stages - 1);
+    block_sync();  // this step is there, and nobody reads the one before it any more
+    if (step + kInt4Stages - 1 < end) load(step + kInt4Stages - 1);
     cp_async_commit();
-    const char* xs = x_of(chunk);
+    const char* xs = x_of(step);
     const char* codes = xs + kRows * kRowBytes;
     FASTOPS_UNROLL
     for (int j = 0; j < 2; ++j) {
@@ -151,28 +153,23 @@ int4_gemm_int8(const Int4Int8Args args) {
         for (int m = 0; m < kTiles; ++m)
           mma_m16n8k32_s8u8(part[m][n], xa[m], word & 0x0f0f0f0fu, word >> 4 & 0x0f0f0f0fu);
       }
-      const int64_t k = chunk * kInt4Depth + 32 * (j + 1);
+      const int64_t k = at.chunk * kInt4Depth + 32 * (j + 1);
       open = true;
       if (k % a.group_size == 0 && k < a.K) flush(k / a.group_size - 1, true);
     }
+    if (at.chunk + 1 < a.chunks && step + 1 < end) continue;
+    if (open) {
+      const int64_t k = (at.chunk + 1) * kInt4Depth < a.K ? (at.chunk + 1) * kInt4Depth : a.K;
+      flush((k - 1) / a.group_size, k == a.K);
+    }
+    int4_store<T, kTiles>(a, at, head, at.chunk + 1, [&](int m, int n, int i, int64_t row) {
+      const float y = total[m][n][i] * args.row_scale[row];
+      total[m][n][i] = 0.0f;
+      return y;
+    });
+    head = 0;
   }
   cp_async_wait<0>();
-  if (open) {
-    const int64_t k = end * kInt4Depth < a.K ? end * kInt4Depth : a.K;
-    flush((k - 1) / a.group_size, k == a.K);
-  }
-  FASTOPS_UNROLL
-  for (int m = 0; m < kTiles; ++m) {
-    FASTOPS_UNROLL
-    for (int n = 0; n < 4; ++n) {
-      FASTOPS_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        const int64_t row = row0 + 16 * m + g + i / 2 * 8, column = column0 + warp * 32 + n * 8 + 2 * t + i % 2;
-        if (row >= a.M || column >= a.N) continue;
-        int4_store<T>(a, row, column, total[m][n][i] * args.row_scale[row]);
-      }
-    }
-  }
 }
 
 }  // namespace fastops::cuda

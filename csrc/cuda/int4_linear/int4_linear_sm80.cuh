@@ -2,8 +2,9 @@
 // and codes on their way by cp.async, codes expanded in registers by lop3, fp16 or bf16 products by mma.m16n8k16, fp32
 // sums.
 //
-// A block makes 16 to 64 rows by 128 features, each warp 32 of these; K may be split over blocks, whose fp32 parts a
-// second kernel adds in a fixed order. The codes come as fastops_int4_pack leaves them for the CPU: word (octet of k,
+// A tile is 16 to 64 rows by 128 features, each warp 32 of these. A block takes a run of steps (int4_stripes), which
+// may begin and end within tiles: fp32 parts of these go to memory, and a second kernel adds them in a fixed order. The
+// stages do not run dry between tiles. The codes come as fastops_int4_pack leaves them for the CPU: word (octet of k,
 // feature) holds k in the order 0 4 1 5 2 6 3 7. A product does not care which k stands in which slot of a fragment as
 // long as both sides agree, so thread t of a group of four takes octet t of 32 k for itself:
 //
@@ -26,8 +27,8 @@ struct Int4Args {
   const uint8_t* codes;
   const void *scales, *zeros, *mins;
   const float* bias;
-  float* partial;  // [splits][M][N]
-  int64_t M, N, K, Kx, ldx, ldo, groups, group_size, splits, split_chunks;
+  float* partial;  // [stripes][2: of a tile begun before, of one not ended][rows of a tile][kInt4Columns]
+  int64_t M, N, K, Kx, ldx, ldo, groups, group_size, chunks, steps, stripes;  // chunks: steps of a tile
   int32_t scale_dtype;
   bool out_f32, sparse;  // sparse: 2:4
 };
@@ -87,40 +88,79 @@ FASTOPS_DEVICE void int4_finish(const Int4Args& a, int64_t row, int64_t column, 
   else
     narrow(y, reinterpret_cast<T*>(a.out) + row * a.ldo + column);
 }
-template <class T>
-FASTOPS_DEVICE void int4_store(const Int4Args& a, int64_t row, int64_t column, float y) {
-  if (a.splits > 1)
-    a.partial[(block_z() * a.M + row) * a.N + column] = y;
-  else
-    int4_finish<T>(a, row, column, y);
+
+// Where a block is on its way through the steps: tiles of the same features follow one another.
+template <int kRows>
+struct Int4Walk {
+  int64_t row0, column0, chunk;
+  FASTOPS_DEVICE Int4Walk(const Int4Args& a, int64_t step) {
+    const int64_t down = (a.M + kRows - 1) / kRows, tile = step / a.chunks;
+    row0 = tile % down * kRows;
+    column0 = tile / down * kInt4Columns;
+    chunk = step % a.chunks;
+  }
+  FASTOPS_DEVICE void next(const Int4Args& a) {
+    if (++chunk < a.chunks) return;
+    chunk = 0;
+    row0 += kRows;
+    if (row0 < a.M) return;
+    row0 = 0;
+    column0 += kInt4Columns;
+  }
+};
+// Sums of steps [head, tail) of the tile at `at`, number(m, n, i) as mma has them: the result, or a part of it.
+template <class T, int kTiles, class F>
+FASTOPS_DEVICE void int4_store(const Int4Args& a, const Int4Walk<16 * kTiles>& at, int64_t head, int64_t tail,
+                               F&& number) {
+  const int g = lane_index() / 4, t = lane_index() % 4, warp = warp_index();
+  const bool whole = head == 0 && tail == a.chunks;
+  float* const part =
+      a.partial + (2 * block_x() + (head == 0 ? 1 : 0)) * (16 * kTiles * static_cast<int64_t>(kInt4Columns));
+  FASTOPS_UNROLL
+  for (int m = 0; m < kTiles; ++m) {
+    FASTOPS_UNROLL
+    for (int n = 0; n < 4; ++n) {
+      FASTOPS_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const int r = 16 * m + g + i / 2 * 8, c = warp * 32 + n * 8 + 2 * t + i % 2;
+        if (at.row0 + r >= a.M || at.column0 + c >= a.N) continue;
+        const float y = number(m, n, i, at.row0 + r);
+        if (whole)
+          int4_finish<T>(a, at.row0 + r, at.column0 + c, y);
+        else
+          part[r * kInt4Columns + c] = y;
+      }
+    }
+  }
 }
 
 template <class T, int kTiles, bool kShift, bool k24>
-FASTOPS_KERNEL(kInt4Threads, kTiles == 4 ? 2 : 4)
+FASTOPS_KERNEL(kInt4Threads, int4_blocks_per_sm(kTiles))
 int4_gemm(const Int4Args a) {
   constexpr int kRows = 16 * kTiles, kOctets = kInt4Depth / 8;
   constexpr int kRowBytes = kInt4Depth * 2;  // of x
   const int lane = lane_index(), warp = warp_index(), g = lane / 4, t = lane % 4;
-  const int64_t column0 = block_x() * kInt4Columns, row0 = block_y() * kRows;
-  const int64_t chunks = (a.K + kInt4Depth - 1) / kInt4Depth, first = block_z() * a.split_chunks;
-  const int64_t end = first + a.split_chunks < chunks ? first + a.split_chunks : chunks;
+  const int64_t begin = int4_stripe_begin(a.steps, a.stripes, block_x());
+  const int64_t end = int4_stripe_begin(a.steps, a.stripes, block_x() + 1);
+  Int4Walk<kRows> at(a, begin), ahead(a, begin);
   char* const shared = dynamic_shared();
-  const auto x_of = [&](int64_t chunk) { return shared + chunk % kInt4Stages * int4_stage_bytes(kTiles); };
+  const auto x_of = [&](int64_t step) { return shared + step % kInt4Stages * int4_stage_bytes(kTiles); };
   // Places are exchanged as in int4_code_at.
   const auto x_at = [](int row, int octet) { return row * kRowBytes + (octet ^ ((row & 1) << 2)) * 16; };
 
   const uint64_t policy = cache_policy(a.M <= kRows);  // of the codes: no other block will read them then
-  const auto load = [&](int64_t chunk) {
-    char* xs = x_of(chunk);
+  const auto load = [&](int64_t step) {
+    char* xs = x_of(step);
     FASTOPS_UNROLL_BY(1)
     for (int i = thread_index(); i < kRows * kOctets; i += kInt4Threads) {
       const int r = i / kOctets, octet = i % kOctets;
-      const int64_t row = row0 + r, k = chunk * kInt4Depth + octet * 8;
+      const int64_t row = ahead.row0 + r, k = ahead.chunk * kInt4Depth + octet * 8;
       const bool there = row < a.M && k < a.K;
       const char* from = there ? a.x + (row * a.ldx + k % a.Kx) * 2 : a.x;
       cp_async16(xs + x_at(r, octet), from, there);
     }
-    int4_load_codes<k24>(a, xs + kRows * kRowBytes, column0, chunk, policy);
+    int4_load_codes<k24>(a, xs + kRows * kRowBytes, ahead.column0, ahead.chunk, policy);
+    ahead.next(a);
   };
 
   float total[kTiles][4][4], part[kTiles][4][4], sums[kTiles][4];
@@ -135,30 +175,33 @@ int4_gemm(const Int4Args a) {
       }
     }
   };
-  clear();
-  FASTOPS_UNROLL
-  for (int m = 0; m < kTiles; ++m) {
+  const auto clear_total = [&] {
     FASTOPS_UNROLL
-    for (int n = 0; n < 4; ++n) {
+    for (int m = 0; m < kTiles; ++m) {
       FASTOPS_UNROLL
-      for (int i = 0; i < 4; ++i) total[m][n][i] = 0.0f;
+      for (int n = 0; n < 4; ++n) {
+        FASTOPS_UNROLL
+        for (int i = 0; i < 4; ++i) total[m][n][i] = 0.0f;
+      }
     }
-  }
+  };
+  clear();
+  clear_total();
   // The sums of a group, with its numbers, into the totals. Tile n of a warp holds features 8 n to 8 n + 7 of its 32.
   const auto flush = [&](int64_t group) {
-    const int64_t base = ((column0 / 16 + 2 * warp) * a.groups + group) * 16 + 2 * t;
-    const int step = static_cast<int>(a.groups) * 16, left = static_cast<int>(a.N - column0) - warp * 32 - 2 * t;
+    const int64_t base = ((at.column0 / 16 + 2 * warp) * a.groups + group) * 16 + 2 * t;
+    const int step = static_cast<int>(a.groups) * 16, left = static_cast<int>(a.N - at.column0) - warp * 32 - 2 * t;
     FASTOPS_UNROLL
     for (int n = 0; n < 4; ++n) {
       FASTOPS_UNROLL
       for (int i = 0; i < 2; ++i) {
         if (n * 8 + i >= left) continue;
-        const int64_t at = base + n / 2 * step + n % 2 * 8 + i;
-        const float scale = number_at(a.scales, a.scale_dtype, at);
+        const int64_t place = base + n / 2 * step + n % 2 * 8 + i;
+        const float scale = number_at(a.scales, a.scale_dtype, place);
         float shift = 0.0f;
         if (kShift)
-          shift = a.zeros ? (8.0f - number_at(a.zeros, a.scale_dtype, at)) * scale
-                          : 8.0f * scale - number_at(a.mins, a.scale_dtype, at);
+          shift = a.zeros ? (8.0f - number_at(a.zeros, a.scale_dtype, place)) * scale
+                          : 8.0f * scale - number_at(a.mins, a.scale_dtype, place);
         FASTOPS_UNROLL
         for (int m = 0; m < kTiles; ++m) {
           FASTOPS_UNROLL
@@ -173,15 +216,16 @@ int4_gemm(const Int4Args a) {
   };
 
   for (int s = 0; s < kInt4Stages - 1; ++s) {
-    if (first + s < end) load(first + s);
+    if (begin + s < end) load(begin + s);
     cp_async_commit();
   }
-  for (int64_t chunk = first; chunk < end; ++chunk) {
+  int64_t head = at.chunk;  // where this block begins the tile
+  for (int64_t step = begin; step < end; ++step, at.next(a)) {
     cp_async_wait<kInt4Stages - 2>();
-    block_sync();  // this chunk is there, and nobody reads the one before it any more
-    if (chunk + kInt4Stages - 1 < end) load(chunk + kInt4Stages - 1);
+    block_sync();  // this step is there, and nobody reads the one before it any more
+    if (step + kInt4Stages - 1 < end) load(step + kInt4Stages - 1);
     cp_async_commit();
-    const char* xs = x_of(chunk);
+    const char* xs = x_of(step);
     const char* codes = xs + kRows * kRowBytes;
     FASTOPS_UNROLL
     for (int j = 0; j < 2; ++j) {
@@ -216,40 +260,39 @@ int4_gemm(const Int4Args a) {
           mma_m16n8k16<T>(part[m][n], xa[m][1], w[1], w[3]);
         }
       }
-      const int64_t k = chunk * kInt4Depth + 32 * (j + 1);
+      const int64_t k = at.chunk * kInt4Depth + 32 * (j + 1);
       if (k % a.group_size == 0 && k < a.K) flush(k / a.group_size - 1);
     }
+    if (at.chunk + 1 < a.chunks && step + 1 < end) continue;
+    const int64_t k = (at.chunk + 1) * kInt4Depth < a.K ? (at.chunk + 1) * kInt4Depth : a.K;
+    flush((k - 1) / a.group_size);  // what a group has left
+    int4_store<T, kTiles>(a, at, head, at.chunk + 1, [&](int m, int n, int i, int64_t) { return total[m][n][i]; });
+    clear_total();
+    head = 0;
   }
   cp_async_wait<0>();
-  if (first < end) {  // what a group has left
-    const int64_t k = end * kInt4Depth < a.K ? end * kInt4Depth : a.K;
-    flush((k - 1) / a.group_size);
-  }
-
-  FASTOPS_UNROLL
-  for (int m = 0; m < kTiles; ++m) {
-    FASTOPS_UNROLL
-    for (int n = 0; n < 4; ++n) {
-      FASTOPS_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        const int64_t row = row0 + 16 * m + g + i / 2 * 8, column = column0 + warp * 32 + n * 8 + 2 * t + i % 2;
-        if (row >= a.M || column >= a.N) continue;
-        int4_store<T>(a, row, column, total[m][n][i]);
-      }
-    }
-  }
 }
 
-// The parts of a split K, added in order.
-template <class T>
+// The tile that the cut before run block_x() + 1 goes through, if it is the first to do so: its parts, added in order.
+// Sixteen of its rows.
+template <class T, int kTiles>
 FASTOPS_KERNEL(kInt4Threads, 8)
 int4_add(const Int4Args a) {
-  const int64_t i = block_x() * kInt4Threads + thread_index();
-  if (i >= a.M * a.N) return;
-  const int64_t row = i / a.N, column = i % a.N;
-  float y = 0.0f;
-  for (int64_t s = 0; s < a.splits; ++s) y += a.partial[s * a.M * a.N + i];
-  int4_finish<T>(a, row, column, y);
+  static_assert(kInt4Threads == kInt4Columns);
+  constexpr int64_t kPart = 16 * kTiles * static_cast<int64_t>(kInt4Columns);
+  const int64_t before = block_x(), cut = int4_stripe_begin(a.steps, a.stripes, before + 1);
+  const int64_t from = cut / a.chunks * a.chunks;
+  if (cut == from || int4_stripe_of(a.steps, a.stripes, from) != before) return;
+  const int64_t last = int4_stripe_of(a.steps, a.stripes, from + a.chunks - 1);
+  const Int4Walk<16 * kTiles> at(a, from);
+  const int64_t row0 = block_y() * 16, column = at.column0 + thread_index();
+  if (column >= a.N) return;
+  const float* part = a.partial + (2 * before + 1) * kPart + row0 * kInt4Columns + thread_index();
+  for (int64_t r = 0; r < 16 && at.row0 + row0 + r < a.M; ++r, part += kInt4Columns) {
+    float y = part[0];
+    for (int64_t s = before + 1; s <= last; ++s) y += part[(2 * (s - before) - 1) * kPart];
+    int4_finish<T>(a, at.row0 + row0 + r, column, y);
+  }
 }
 
 }  // namespace fastops::cuda
