@@ -1,4 +1,4 @@
-"""The CUDA kernels against torch's own on the same GPU, in interleaved runs.
+"""The CUDA kernels against torch's own, FlashInfer's and Liger's on the same GPU, in interleaved runs.
 
 python bench/gpu.py [--json FILE] [--small | --dry-run]
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastops
 from fastops import kv
+
+sys.path.insert(0, str(Path(__file__).parent))
+import gpu_rivals as rivals
 
 Ways = dict[str, Callable[[], Any]]
 
@@ -45,6 +49,7 @@ def attention_cases(device: str, small: bool) -> list[tuple[str, float, float, W
             ways: Ways = {"fastops": lambda q=q, k=k, v=v: fastops.attention(q, k, v, causal=True)}
             for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
                 ways[f"torch {backend.name.lower()}"] = sdpa(q, k, v, backend, True)
+            ways |= rivals.prefill(q, k, v)
             name = f"prefill causal B{b} H{hq}/{hkv} S{s} D{d} {dtype}"
             out.append((name, 2.0 * b * hq * s * s * d, 2.0 * b * s * d * (2 * hq + 2 * hkv), ways))
         for b, s, hq, hkv, d in [(2, 70, 4, 2, 64)] if small else [(1, 8192, 32, 8, 128), (16, 8192, 32, 8, 128)]:
@@ -59,6 +64,7 @@ def attention_cases(device: str, small: bool) -> list[tuple[str, float, float, W
                 "fastops": lambda q=q, k=k, v=v, t=table, n=lens: fastops.attention_paged(q, k, v, t, n),
                 "torch sdpa": sdpa(q[:, None], *dense, SDPBackend.MATH if small else SDPBackend.FLASH_ATTENTION, False),
             }
+            ways |= rivals.decode(q, k, v, table, lens)
             out.append(
                 (f"decode B{b} H{hq}/{hkv} KV{s} D{d} {dtype}", 4.0 * b * hq * s * d, 4.0 * b * s * hkv * d, ways)
             )
@@ -143,12 +149,15 @@ def fused_cases(device: str, small: bool) -> list[tuple[str, float, float, Ways]
         }
         if norm is not None:
             ways["torch.compile"] = lambda x=x, w=w, f=norm: f(x, w)
+        ways |= rivals.rms_norm(x, w, y)
         out.append((f"rms_norm {rows}x{n}", 0.0, 4.0 * rows * n, ways))
-        out.append((f"fused_add_rms_norm {rows}x{n}", 0.0, 8.0 * rows * n,
-                    {"fastops": lambda x=x, r=r, w=w: fastops.fused_add_rms_norm(x, r, w)}))  # fmt: skip
+        ways = {"fastops": lambda x=x, r=r, w=w: fastops.fused_add_rms_norm(x, r, w)}
+        ways |= rivals.fused_add_rms_norm(x, r, w)
+        out.append((f"fused_add_rms_norm {rows}x{n}", 0.0, 8.0 * rows * n, ways))
         ways = {"fastops": lambda x=x, h=half: fastops.silu_and_mul(x, out=h)}
         if gate is not None:
             ways["torch.compile"] = lambda x=x, f=gate: f(x)
+        ways |= rivals.silu_and_mul(x, half)
         out.append((f"silu_and_mul {rows}x{n}", 0.0, 3.0 * rows * n, ways))
     return out
 
@@ -172,8 +181,10 @@ def measure(ways: Ways, repeats: int) -> dict[str, float]:
             run()
             torch.cuda.synchronize()
             able[name] = run
-        except RuntimeError as error:
-            print(f"    {name} cannot run: {str(error).splitlines()[0]}")
+        except Exception as error:  # a rival may raise what it likes
+            if name == "fastops":
+                raise
+            print(f"    {name} cannot run: {type(error).__name__}: {(str(error) or ' ').splitlines()[0]}")
     times: dict[str, list[float]] = {name: [] for name in able}
     for _ in range(repeats):
         for name, run in able.items():

@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
 # One session on a machine with a GPU: build, test, sanitise, measure. Ends within ten minutes on 16 cores.
 #   bench/gpu_session.sh [OUT]      results go to OUT (default: bench/results)
-# Needs nvcc, a torch with CUDA, cmake, ninja and pybind11; wheels in ./wheels are installed first when they are there.
+# Needs nvcc, a torch with CUDA, cmake, ninja and pybind11; wheels in ./wheels (rivals and what they need) are installed
+# first when they are there, each for itself: one that cannot be is left out.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-bench/results}
 mkdir -p "$out"
-if [ -d wheels ]; then pip install --no-index --find-links wheels wheels/*.whl; fi
+for wheel in wheels/*.whl; do
+  [ -e "$wheel" ] && { pip install --no-index --no-deps "$wheel" || echo "left out: $wheel"; }
+done
 arch=$(python - <<'PY'
 import torch
 major, minor = torch.cuda.get_device_capability()
