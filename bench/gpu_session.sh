@@ -18,11 +18,12 @@ PY
 )
 FASTOPS_CUDA_ARCHS=$arch pip install --no-build-isolation --no-deps -e .
 python -m fastops info
+name=$(python -c "import torch; print(torch.cuda.get_device_name().lower().replace(' ', '-'))")
+python tools/instructions.py --gpu "$out/$name-instructions.json" || echo "instructions differ from the emulator's"
 timeout 200 python -m pytest tests/cuda -q -x -k "not compiles_without_spills" 2>&1 | tee "$out/gpu-tests.log"
 if command -v compute-sanitizer > /dev/null; then
   for tool in memcheck racecheck; do
     timeout 90 compute-sanitizer --tool "$tool" --error-exitcode 9 python bench/gpu.py --small 2>&1 | tail -20 | tee "$out/gpu-$tool.log"
   done
 fi
-name=$(python -c "import torch; print(torch.cuda.get_device_name().lower().replace(' ', '-'))")
 timeout 240 python bench/gpu.py --json "$out/$(date +%F)-$name.json"
