@@ -77,6 +77,31 @@ void test_ldmatrix() {
   EXPECT(out[4 * 31 + 2] == (2067u | 2077u << 16), "lane 31, matrix 2, transposed: %x", out[126]);
 }
 
+// The reverse: element (r, c) of a matrix in the lanes' registers comes to rest at row c, place r.
+void stmatrix_kernel(Words a) {
+  auto* m = reinterpret_cast<uint16_t*>(dynamic_shared());
+  uint32_t r[4];
+  for (int i = 0; i < 4; ++i)
+    for (int half = 0; half < 2; ++half) {
+      const int value = 1000 * i + 10 * (lane_index() / 4) + lane_index() % 4 * 2 + half;
+      r[i] = half == 0 ? static_cast<uint32_t>(value) : r[i] | static_cast<uint32_t>(value) << 16;
+    }
+  stmatrix_x4_trans(m + 8 * lane_index(), r);
+  block_sync();
+  for (int e = lane_index(); e < 256; e += 32) a.out[e] = m[e];
+}
+void test_stmatrix() {
+  uint32_t out[256];
+  EXPECT(start<stmatrix_kernel>(Words{out}, 32, 512).status == FASTOPS_OK, "did not run");
+  for (int i = 0; i < 4; ++i)
+    for (int row = 0; row < 8; ++row)
+      for (int at = 0; at < 8; ++at) {
+        const auto want = static_cast<uint32_t>(1000 * i + 10 * at + row);
+        EXPECT(out[64 * i + 8 * row + at] == want, "matrix %d row %d place %d is %u", i, row, at,
+               out[64 * i + 8 * row + at]);
+      }
+}
+
 // a has one 1 at (row, k), b one 1 at (k, column), in bf16: d is 1 at (row, column) alone. The lane and register of
 // each are written out from the figures of mma.m16n8k16.
 struct MmaCase {
@@ -304,19 +329,11 @@ void test_swizzle() {
 
 int main(int argc, char** argv) {
   const std::map<std::string, std::function<void()>> tests = {
-      {"ldmatrix", test_ldmatrix},
-      {"mma", test_mma},
-      {"shuffle", test_shuffle},
-      {"cp_async", test_cp_async},
-      {"wrong", test_wrong_programs},
-      {"races", test_races_show},
-      {"mma_bytes", test_mma_bytes},
-      {"swizzle", test_swizzle},
-      {"tma", test_tma},
-      {"wgmma", test_wgmma},
-      {"fence", test_fence},
-      {"named", test_named},
-      {"columns64", test_columns64},
+      {"stmatrix", test_stmatrix}, {"ldmatrix", test_ldmatrix},   {"mma", test_mma},
+      {"shuffle", test_shuffle},   {"cp_async", test_cp_async},   {"wrong", test_wrong_programs},
+      {"races", test_races_show},  {"mma_bytes", test_mma_bytes}, {"swizzle", test_swizzle},
+      {"tma", test_tma},           {"wgmma", test_wgmma},         {"fence", test_fence},
+      {"named", test_named},       {"columns64", test_columns64},
   };
   if (argc < 2) {
     for (const auto& t : tests) std::printf("%s\n", t.first.c_str());

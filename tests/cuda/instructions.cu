@@ -150,6 +150,16 @@ FASTOPS_KERNEL(64, 1) boxes(FASTOPS_ARGUMENT Boxed b) {
   }
 #endif
 }
+FASTOPS_KERNEL(32, 1) matrices_back(const Run a) {
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  auto* s = reinterpret_cast<uint32_t*>(dynamic_shared());
+  const int l = lane_index();
+  const uint32_t r[4] = {a.in[4 * l], a.in[4 * l + 1], a.in[4 * l + 2], a.in[4 * l + 3]};
+  stmatrix_x4_trans(s + 4 * (l * 5 % 32), r);
+  block_sync();
+  for (int i = 0; i < 4; ++i) a.out[4 * l + i] = s[4 * l + i];
+#endif
+}
 // 64 x 64 sums of 64 k, both operands from shared memory; then with rows of the first from registers, the second along
 // n and along k.
 template <class T, bool kWhole>
@@ -263,6 +273,7 @@ int main(int count, char** arguments) {
   fastops_cuda_env env{};
   env.struct_size = sizeof env;
   if (!tensor_map({run.in, {64, 20, 3, 2}, {64, 20 * 64, 3 * 20 * 64}, 16}, &env, &boxed.map)) return 3;
+  line<matrices_back>("stmatrix", "bits", run, run, 32, 512, 128);
   line<boxes>("tma", "bits", boxed, run, 64, 3072, 1536);
   line<group_products<f16, true>>("wgmma_f16", "bits", run, run, 128, 128 * 128, 1536);
   line<group_products<bf16, true>>("wgmma_bf16", "bits", run, run, 128, 128 * 128, 1536);

@@ -94,6 +94,22 @@ inline void ldmatrix_x4(uint32_t (&r)[4], const void* shared, FASTOPS_PLACE) {
 inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* shared, FASTOPS_PLACE) {
   ldmatrix<true>(r, shared, {"ldmatrix_x4_trans", file, line});
 }
+struct StmatrixArgs {
+  const uint32_t* r;
+  uint16_t* row;
+};
+inline void stmatrix_x4_trans(void* shared, const uint32_t (&r)[4], FASTOPS_PLACE) {
+  const Place place{"stmatrix_x4_trans", file, line};
+  Block::current().check_shared(shared, 16, 16, place);
+  StmatrixArgs a{r, static_cast<uint16_t*>(shared)};
+  Block::current().meet_warp(place, &a, [](void** all) {
+    for (int lane = 0; lane < emulator::kWarp; ++lane)
+      for (int i = 0; i < 4; ++i)
+        for (int half = 0; half < 2; ++half)
+          static_cast<StmatrixArgs*>(all[8 * i + 2 * (lane % 4) + half])->row[lane / 4] =
+              static_cast<uint16_t>(static_cast<StmatrixArgs*>(all[lane])->r[i] >> (16 * half));
+  });
+}
 
 // ---- mma
 // -------------------------------------------------------------------------------------------------------------

@@ -84,6 +84,7 @@ bool check(const fastops_int4_linear_desc& d, Int4Args* a, Checks& c) {
   a->group_size = K / groups;
   a->scale_dtype = d.scales.dtype;
   a->out_f32 = d.out.dtype == FASTOPS_F32;
+  a->out_wide = !a->out_f32 && N % 8 == 0 && a->ldo % 8 == 0 && reinterpret_cast<uintptr_t>(d.out.data) % 16 == 0;
   a->sparse = sparse;
   return true;
 }

@@ -30,7 +30,7 @@ struct Int4Args {
   float* partial;  // [stripes][2: of a tile begun before, of one not ended][rows of a tile][kInt4Columns]
   int64_t M, N, K, Kx, ldx, ldo, groups, group_size, chunks, steps, stripes;  // chunks: steps of a tile
   int32_t scale_dtype;
-  bool out_f32, sparse;  // sparse: 2:4
+  bool out_f32, out_wide, sparse;  // wide: 16 bits, eight columns at a time can be stored; sparse: 2:4
 };
 
 // A number whose unit is 1: its lowest bits take a code. In both halves of a register.

@@ -15,6 +15,7 @@
 #pragma once
 #include "cuda/int4_linear/int4_linear_sm80.cuh"
 #include "cuda/layout/row.h"
+#include "cuda/layout/tile.h"
 
 namespace fastops::cuda {
 
@@ -149,6 +150,36 @@ int4_gemm_sm90(FASTOPS_ARGUMENT Int4HopperArgs args) {
     const int64_t k = int64_t{i + 1} * kInt4Depth;
     begins = k % a.group_size == 0 || i + 1 == chunks;
     if (begins) flush(static_cast<int>(k > a.K ? a.groups - 1 : (k - 1) / a.group_size));
+  }
+  if (a.out_wide) {
+    // Turned on the way through shared memory (the stages are free once all have multiplied): 16 bytes of a row a lane.
+    // Nothing here but the sums lives through the loop, which has no register to spare.
+    using Tile = Swizzled<kInt4Columns>;
+    T* const tile = reinterpret_cast<T*>(dynamic_shared());
+    const int me = uniform(warp_index()) * 32 + lane_index() - 128, corner = (me / 8 & 1) + me / 32 * 2;
+    const int64_t right = block_x() * kInt4Columns, down = block_y() * kInt4HopperRows;
+    float bias[2] = {0.0f, 0.0f};
+    for (int r = 0; r < 2; ++r) {
+      const int64_t column = right + me / 32 * 16 + me % 32 / 4 + 8 * r;
+      if (a.bias && column < a.N) bias[r] = a.bias[column];
+    }
+    named_sync(1, 256);
+    FASTOPS_UNROLL
+    for (int n = 0; n < kTiles; n += 2) {
+      uint32_t pairs[4];
+      FASTOPS_UNROLL
+      for (int i = 0; i < 4; ++i)
+        pairs[i] = pack2<T>(total[n + i / 2][i % 2 * 2] + bias[i % 2], total[n + i / 2][i % 2 * 2 + 1] + bias[i % 2]);
+      stmatrix_x4_trans(tile + Tile::at(8 * (n + me % 32 / 16) + me % 8, corner), pairs);
+    }
+    named_sync(1, 256);
+    for (int i = me; i < kInt4HopperRows * (kInt4Columns / 8); i += 256) {
+      const int row = i / (kInt4Columns / 8), chunk = i % (kInt4Columns / 8);
+      if (right + chunk * 8 >= a.N || down + row >= a.M) continue;
+      store16(reinterpret_cast<T*>(a.out) + (down + row) * a.ldo + right + chunk * 8,
+              *reinterpret_cast<const Bytes16*>(tile + Tile::at(row, chunk)));
+    }
+    return;
   }
   FASTOPS_UNROLL
   for (int n = 0; n < kTiles; ++n) {
