@@ -35,7 +35,14 @@ PROMISES = {
         "MUFU.EX2",
     ),
     "attention_bwd_(keys|rows)": ("HMMA.16816.F32", "LDSM.16.M88.4", "LDSM.16.MT88.4", "LDGSTS.E.BYPASS.128"),
-    "90a.*int4_gemm_sm90": ("HGMMA.64x128x16.F32", "UTMALDG.4D", "SYNCS.PHASECHK", "LDGSTS.E.BYPASS.128", "PRMT", "STSM.16.MT88.4"),
+    "90a.*int4_gemm_sm90": (
+        "HGMMA.64x128x16.F32",
+        "UTMALDG.4D",
+        "SYNCS.PHASECHK",
+        "LDGSTS.E.BYPASS.128",
+        "PRMT",
+        "STSM.16.MT88.4",
+    ),
     "int4_gemm_int8": ("IMMA.16832.S8.U8", "LDGSTS.E.BYPASS.128", "LOP3.LUT"),
     "int4_gemmI": ("HMMA.16816.F32", "LDGSTS.E.BYPASS.128", "LOP3.LUT", "PRMT"),
     "norm_(bwd_)?rows.*ELi[48]E": ("LDG.E.NA.128", "STG.E.128"),  # the kernels for aligned rows

@@ -180,7 +180,14 @@ def hopper():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("m", "n", "k", "group"),
-    [(70, 128, 128, 64), (130, 200, 192, -1), (256, 136, 640, 128), (65, 24, 72, -1), (90, 40, 320, 320)],
+    [
+        (70, 128, 128, 64),
+        (130, 200, 192, -1),
+        (256, 136, 640, 128),
+        (65, 24, 72, -1),
+        (90, 40, 320, 320),
+        (70, 130, 128, 64),
+    ],
 )
 def test_many_rows_on_hopper(dtype, m, n, k, group):
     w, x = torch.randn(n, k), torch.randn(m, k).to(dtype)
