@@ -53,6 +53,8 @@ bool check(const fastops_int4_linear_desc& d, Int4Args* a, Checks& c) {
   if (given(d.bias) && !(c.vector("bias", d.bias, N) &&
                          (d.bias.dtype == FASTOPS_F32 || c.fail(FASTOPS_ERR_TYPE, "bias must be float32"))))
     return false;
+  constexpr int64_t kMost = INT32_MAX - 1024;
+  if (d.x.size[0] > kMost || N > kMost || K > kMost) return refuse(c, "more than 2^31 rows, features or columns");
   if (d.x.dtype == FASTOPS_F32) return refuse(c, "x is float32 (the kernel takes float16, bfloat16)");
   if (d.int8 && K != Kx && Kx % 16 != 0) return refuse(c, "int8 activations and planes of no multiple of 16 columns");
   if (given(d.perm)) return refuse(c, "a permutation: gather the columns of x first");

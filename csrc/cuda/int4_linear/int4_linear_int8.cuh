@@ -63,7 +63,7 @@ int4_gemm_int8(const Int4Int8Args args) {
     FASTOPS_UNROLL_BY(1)
     for (int i = thread_index(); i < kRows * kOctets / 2; i += kInt4Threads) {
       const int r = i / (kOctets / 2), pair = i % (kOctets / 2);
-      const int64_t row = ahead.row0 + r, k = ahead.chunk * kInt4Depth + pair * 16;
+      const int64_t row = ahead.row0 + r, k = int64_t{ahead.chunk} * kInt4Depth + pair * 16;
       const bool there = row < a.M && k < a.K;
       cp_async16(xs + x_at(r, pair), there ? args.x + row * args.pitch + k % a.Kx : args.x, there);
     }
@@ -125,7 +125,7 @@ int4_gemm_int8(const Int4Int8Args args) {
     if (begin + s < end) load(begin + s);
     cp_async_commit();
   }
-  int64_t head = at.chunk;  // where this block begins the tile
+  int head = at.chunk;  // where this block begins the tile
   for (int64_t step = begin; step < end; ++step, at.next(a)) {
     cp_async_wait<kInt4Stages - 2>();
     block_sync();  // this step is there, and nobody reads the one before it any more
@@ -153,13 +153,13 @@ int4_gemm_int8(const Int4Int8Args args) {
         for (int m = 0; m < kTiles; ++m)
           mma_m16n8k32_s8u8(part[m][n], xa[m], word & 0x0f0f0f0fu, word >> 4 & 0x0f0f0f0fu);
       }
-      const int64_t k = at.chunk * kInt4Depth + 32 * (j + 1);
+      const int64_t k = int64_t{at.chunk} * kInt4Depth + 32 * (j + 1);
       open = true;
       if (k % a.group_size == 0 && k < a.K) flush(k / a.group_size - 1, true);
     }
     if (at.chunk + 1 < a.chunks && step + 1 < end) continue;
     if (open) {
-      const int64_t k = (at.chunk + 1) * kInt4Depth < a.K ? (at.chunk + 1) * kInt4Depth : a.K;
+      const int64_t whole = int64_t{at.chunk + 1} * kInt4Depth, k = whole < a.K ? whole : a.K;
       flush((k - 1) / a.group_size, k == a.K);
     }
     int4_store<T, kTiles>(a, at, head, at.chunk + 1, [&](int m, int n, int i, int64_t row) {

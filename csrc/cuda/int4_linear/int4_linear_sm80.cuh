@@ -92,12 +92,12 @@ FASTOPS_DEVICE void int4_finish(const Int4Args& a, int64_t row, int64_t column, 
 // Where a block is on its way through the steps: tiles of the same features follow one another.
 template <int kRows>
 struct Int4Walk {
-  int64_t row0, column0, chunk;
+  int row0, column0, chunk;  // 32 bits: the host refuses more rows, and the kernels have no register to spare
   FASTOPS_DEVICE Int4Walk(const Int4Args& a, int64_t step) {
     const int64_t down = (a.M + kRows - 1) / kRows, tile = step / a.chunks;
-    row0 = tile % down * kRows;
-    column0 = tile / down * kInt4Columns;
-    chunk = step % a.chunks;
+    row0 = static_cast<int>(tile % down * kRows);
+    column0 = static_cast<int>(tile / down * kInt4Columns);
+    chunk = static_cast<int>(step % a.chunks);
   }
   FASTOPS_DEVICE void next(const Int4Args& a) {
     if (++chunk < a.chunks) return;
@@ -110,8 +110,7 @@ struct Int4Walk {
 };
 // Sums of steps [head, tail) of the tile at `at`, number(m, n, i) as mma has them: the result, or a part of it.
 template <class T, int kTiles, class F>
-FASTOPS_DEVICE void int4_store(const Int4Args& a, const Int4Walk<16 * kTiles>& at, int64_t head, int64_t tail,
-                               F&& number) {
+FASTOPS_DEVICE void int4_store(const Int4Args& a, const Int4Walk<16 * kTiles>& at, int head, int tail, F&& number) {
   const int g = lane_index() / 4, t = lane_index() % 4, warp = warp_index();
   const bool whole = head == 0 && tail == a.chunks;
   float* const part =
@@ -154,7 +153,7 @@ int4_gemm(const Int4Args a) {
     FASTOPS_UNROLL_BY(1)
     for (int i = thread_index(); i < kRows * kOctets; i += kInt4Threads) {
       const int r = i / kOctets, octet = i % kOctets;
-      const int64_t row = ahead.row0 + r, k = ahead.chunk * kInt4Depth + octet * 8;
+      const int64_t row = ahead.row0 + r, k = int64_t{ahead.chunk} * kInt4Depth + octet * 8;
       const bool there = row < a.M && k < a.K;
       const char* from = there ? a.x + (row * a.ldx + k % a.Kx) * 2 : a.x;
       cp_async16(xs + x_at(r, octet), from, there);
@@ -219,7 +218,7 @@ int4_gemm(const Int4Args a) {
     if (begin + s < end) load(begin + s);
     cp_async_commit();
   }
-  int64_t head = at.chunk;  // where this block begins the tile
+  int head = at.chunk;  // where this block begins the tile
   for (int64_t step = begin; step < end; ++step, at.next(a)) {
     cp_async_wait<kInt4Stages - 2>();
     block_sync();  // this step is there, and nobody reads the one before it any more
@@ -260,11 +259,11 @@ int4_gemm(const Int4Args a) {
           mma_m16n8k16<T>(part[m][n], xa[m][1], w[1], w[3]);
         }
       }
-      const int64_t k = at.chunk * kInt4Depth + 32 * (j + 1);
+      const int64_t k = int64_t{at.chunk} * kInt4Depth + 32 * (j + 1);
       if (k % a.group_size == 0 && k < a.K) flush(k / a.group_size - 1);
     }
     if (at.chunk + 1 < a.chunks && step + 1 < end) continue;
-    const int64_t k = (at.chunk + 1) * kInt4Depth < a.K ? (at.chunk + 1) * kInt4Depth : a.K;
+    const int64_t whole = int64_t{at.chunk + 1} * kInt4Depth, k = whole < a.K ? whole : a.K;
     flush((k - 1) / a.group_size);  // what a group has left
     int4_store<T, kTiles>(a, at, head, at.chunk + 1, [&](int m, int n, int i, int64_t) { return total[m][n][i]; });
     clear_total();
