@@ -110,6 +110,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("op", nargs="*", help=f"operators (default: all of {', '.join(ops.NAMES)})")
     p.add_argument("--shapes", default="quick", help="bars, quick, tiny, a model, or MODEL:phase; commas join")
     p.add_argument("--dtype", default="fp32,bf16,fp16", help="of fp32, bf16, fp16 (default: all)")
+    p.add_argument("--only", default="", help='parts of case names, e.g. "M1 ,int8": cases that hold one of them')
     p.add_argument("--impl", default="", help="implementations to force, e.g. cpp,reference (default: automatic)")
     p.add_argument("--isa", default="", help="instruction sets to force, e.g. avx2,avx512 (default: the best)")
     p.add_argument("--compare", default="torch", help="rivals: torch, torch-compile, dense, onnxruntime")
@@ -139,7 +140,12 @@ def choose(args: argparse.Namespace) -> list[Case]:
         if isa not in known_isas:
             raise ValueError(f"--isa: unknown {isa!r}; known: {', '.join(known_isas)}")
     shapes = named(args.shapes)
-    return [c for name in (args.op or ops.NAMES) for c in ops.cases(name, shapes, dtypes)]
+    cases = [c for name in (args.op or ops.NAMES) for c in ops.cases(name, shapes, dtypes)]
+    parts = [part for part in args.only.split(",") if part]
+    chosen = [c for c in cases if not parts or any(part in c.label for part in parts)]
+    if not chosen:
+        raise ValueError(f"--only: no case holds {args.only!r}; --list shows them")
+    return chosen
 
 
 def run_cases(cases: list[Case], args: argparse.Namespace, ceilings: Ceilings) -> list[Result]:

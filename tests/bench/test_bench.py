@@ -184,6 +184,12 @@ def test_list_names_cases_without_timing(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert "attention decode B8 H32/8 S1x4096 D128 bf16   [memory]   rivals: torch, torch-compile" in lines
     assert any("w512" in line for line in lines)
+    assert run.main(["int4_linear", "--shapes", "bars", "--only", "M1 ,int8 M16 N4096", "--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all("M1 " in line or "int8 M16 N4096" in line for line in lines)
+    assert {"M1 " in line for line in lines} == {True, False}
+    assert run.main(["int4_linear", "--only", "nothing like it", "--list"]) == 2
+    assert "--only: no case holds 'nothing like it'" in capsys.readouterr().err
 
 
 def test_read_ceiling_walks_through_its_block():
