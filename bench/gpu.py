@@ -11,20 +11,17 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gpu_rivals as rivals
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastops
 from fastops import kv
-
-sys.path.insert(0, str(Path(__file__).parent))
-import gpu_rivals as rivals
 
 Ways = dict[str, Callable[[], Any]]
 

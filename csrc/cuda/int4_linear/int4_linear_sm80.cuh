@@ -79,7 +79,7 @@ FASTOPS_DEVICE void int4_load_codes(const Int4Args& a, char* to, int64_t column0
     cp_async16(to + (k24 ? i * 16 : int4_code_at(block, octet, piece)), from, there, policy);
   }
 }
-// A finished sum; and one of a split K, if it is split.
+// A finished sum.
 template <class T>
 FASTOPS_DEVICE void int4_finish(const Int4Args& a, int64_t row, int64_t column, float y) {
   if (a.bias) y += a.bias[column];
