@@ -119,7 +119,10 @@ def main() -> int:
         import torch
 
         major, minor = torch.cuda.get_device_capability()
-        nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+        from cuda_matrix import tool
+
+        nvcc = tool("nvcc")
+        assert nvcc is not None, "no nvcc on this machine"
         gpu = build_gpu(Path(folder), f"{major}{minor}" + ("a" if major == 9 else ""), nvcc)
         theirs = run(gpu, 10 * major + minor)
     found = differences(ours, theirs)
