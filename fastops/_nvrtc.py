@@ -120,9 +120,30 @@ def device_facts(index: int) -> tuple[int, int]:
 
 
 START = ctypes.CFUNCTYPE(
-    ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(ctypes.c_int64), ctypes.c_int32, ctypes.c_size_t, ctypes.c_void_p,
-    ctypes.c_size_t, ctypes.c_void_p,
+    ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(ctypes.c_int64), ctypes.c_int32, ctypes.c_int32, ctypes.c_size_t,
+    ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p,
 )  # fmt: skip
+
+Grid = tuple[tuple[int, ...], int, int, int]  # blocks, blocks of a cluster along x, threads, bytes of shared memory
+
+
+def launch_config(grid: Grid, stream: int) -> Any:
+    """The driver's form of a grid."""
+    from cuda.bindings import driver
+
+    blocks, cluster, threads, shared = grid
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = blocks
+    config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+    config.sharedMemBytes = shared
+    config.hStream = driver.CUstream(stream)
+    if cluster > 1:
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        dim = attribute.value.clusterDim
+        dim.x, dim.y, dim.z = cluster, 1, 1
+        config.attrs, config.numAttrs = [attribute], 1
+    return config
 
 
 class Launcher:
@@ -134,9 +155,10 @@ class Launcher:
 
     @cached_property
     def hook(self) -> Any:
-        def start(launch: bytes, grid: Any, threads: int, shared: int, args: int, size: int, stream: int) -> int:
+        def start(launch: bytes, grid: Any, *rest: int) -> int:
+            cluster, threads, shared, args, _, stream = rest
             try:
-                self.launch(expression(launch.decode()), tuple(grid[:3]), threads, shared, args, stream or 0)
+                self.launch(expression(launch.decode()), (tuple(grid[:3]), cluster, threads, shared), args, stream or 0)
             except Exception as error:  # through C: kept for whoever made the call
                 self.error = error
                 return 1
@@ -144,12 +166,12 @@ class Launcher:
 
         return START(start)
 
-    def launch(self, kernel: str, grid: tuple[int, ...], threads: int, shared: int, args: int, stream: int) -> None:
+    def launch(self, kernel: str, grid: Grid, args: int, stream: int) -> None:
         from cuda.bindings import driver
 
-        function = self.function(kernel, shared)
+        function = self.function(kernel, grid[3])
         pointer = (ctypes.c_void_p * 1)(args)
-        (status,) = driver.cuLaunchKernel(function, *grid, threads, 1, 1, shared, stream, ctypes.addressof(pointer), 0)
+        (status,) = driver.cuLaunchKernelEx(launch_config(grid, stream), function, ctypes.addressof(pointer), 0)
         _good(status, f"the start of {kernel}")
 
     def function(self, kernel: str, shared: int) -> Any:

@@ -35,6 +35,15 @@ PROMISES = {
         "MUFU.EX2",
     ),
     "attention_bwd_(keys|rows)": ("HMMA.16816.F32", "LDSM.16.M88.4", "LDSM.16.MT88.4", "LDGSTS.E.BYPASS.128"),
+    "90a.*int4_gemm_sm90.*ELi2E": (  # two blocks share their tile of x
+        "HGMMA.64x128x16.F32",
+        "UTMALDG.4D.MULTICAST",
+        "UCGABAR_ARV",
+        "SYNCS.PHASECHK",
+        "LDGSTS.E.BYPASS.128",
+        "PRMT",
+        "STSM.16.MT88.4",
+    ),
     "90a.*int4_gemm_sm90": (
         "HGMMA.64x128x16.F32",
         "UTMALDG.4D",

@@ -333,7 +333,7 @@ int main(int argc, char** argv) {
       {"shuffle", test_shuffle},   {"cp_async", test_cp_async},   {"wrong", test_wrong_programs},
       {"races", test_races_show},  {"mma_bytes", test_mma_bytes}, {"swizzle", test_swizzle},
       {"tma", test_tma},           {"wgmma", test_wgmma},         {"fence", test_fence},
-      {"named", test_named},       {"columns64", test_columns64},
+      {"named", test_named},       {"columns64", test_columns64}, {"cluster", test_cluster},
   };
   if (argc < 2) {
     for (const auto& t : tests) std::printf("%s\n", t.first.c_str());

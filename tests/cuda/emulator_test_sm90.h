@@ -202,6 +202,90 @@ void test_named() {
   expect_failure("left over", start<turn_kernel>(TurnTest{out, 1}, 128, 128), "named barrier 1 half full");
 }
 
+struct ClusterArgs {
+  TensorMap map;  // boxes of 8 rows
+  uint16_t* out;  // [blocks][8 rows a block][64]
+  int blocks, mistake;
+};
+// Every block fetches eight rows for all; each tells the others when it has read what came, `rounds` times over.
+void cluster_kernel(ClusterArgs a) {
+  char* tile = dynamic_shared();
+  auto* full = reinterpret_cast<Mbarrier*>(tile + a.blocks * 1024);
+  auto* empty = full + 1;
+  const int rank = cluster_rank(), words = a.blocks * 512;
+  if (thread_index() == 0) {
+    mbarrier_init(full, 1);
+    mbarrier_init(empty, a.blocks);
+    mbarrier_ready();
+  }
+  if (a.mistake == 1)
+    block_sync();
+  else
+    cluster_sync();
+  for (int round = 0; round < 3; ++round) {
+    if (thread_index() == 0) {
+      mbarrier_arrive_expect(full, static_cast<uint32_t>(a.blocks * 1024));
+      tma_load_all(tile + rank * 1024, &a.map, full, (1u << a.blocks) - 1, 0, round * a.blocks * 8 + rank * 8, 0, 0);
+    }
+    mbarrier_wait(full, round & 1);
+    uint16_t* out = a.out + (block_x() * 3 + round) * words;
+    for (int i = thread_index(); i < words; i += 64)
+      out[i] = *reinterpret_cast<uint16_t*>(tile + swizzled(i / 64, i % 64 / 8) + i % 8 * 2);
+    block_sync();
+    if (thread_index() == 0)
+      for (int to = 0; to < a.blocks + (a.mistake == 3); ++to) mbarrier_arrive_at(empty, to);
+    if (a.mistake != 4 && (a.mistake != 2 || round < 2)) mbarrier_wait(empty, round & 1);
+  }
+  if (a.mistake == 2) return;
+  if (a.mistake != 5) cluster_arrive();
+  cluster_wait();
+}
+void test_cluster() {
+  alignas(16) static uint16_t from[96 * 64];
+  for (int i = 0; i < 96 * 64; ++i) from[i] = static_cast<uint16_t>(i * 7);
+  uint16_t out[8 * 3 * 4 * 512];
+  const fastops_cuda_env env{};
+  ClusterArgs a{};
+  EXPECT(tensor_map({from, {64, 96, 1, 1}, {64, 8, 8}, 8}, &env, &a.map), "no map");
+  a.out = out;
+  const auto run = [&](int blocks, int mistake, uint64_t seed, int grid) {
+    a.blocks = blocks;
+    a.mistake = mistake;
+    char message[FASTOPS_MESSAGE_SIZE] = "";
+    fastops_cuda_env e{};
+    e.struct_size = sizeof e;
+    e.message = message;
+    e.seed = seed;
+    const auto shared = static_cast<size_t>(blocks) * 1024 + 64;
+    const fastops_status status = launch<cluster_kernel>({grid, 1, 1, 64, shared, blocks}, &e, a);
+    return Outcome{status, message};
+  };
+  for (int blocks : {1, 2, 4})
+    for (uint64_t seed = 0; seed < 8; ++seed) {
+      const Outcome o = run(blocks, 0, seed, 2 * blocks);
+      EXPECT(o.status == FASTOPS_OK, "%d blocks: %s", blocks, o.message.c_str());
+      for (int b = 0; b < 2 * blocks; ++b)
+        for (int i = 0; i < 3 * blocks * 512; ++i)
+          EXPECT(out[b * 3 * blocks * 512 + i] == from[i], "block %d of %d: word %d is %d, not %d", b, blocks, i,
+                 out[b * 3 * blocks * 512 + i], from[i]);
+    }
+  // Each mistake shows, for some order of the warps at least.
+  const char* says[] = {"", "there is no mbarrier",  "block 1 of the cluster has ended", "the cluster has no block 2",
+                        "", "without having arrived"};
+  for (int mistake = 1; mistake <= 5; ++mistake) {
+    bool seen = false;
+    for (uint64_t seed = 0; seed < 32 && !seen; ++seed) {
+      const Outcome o = run(2, mistake, seed, 2);
+      if (mistake == 4)  // a box for the next round comes over the one that is being read
+        for (int i = 0; i < 6 * 1024; ++i) seen = seen || out[i] != from[i % (3 * 1024)];
+      else
+        seen = o.message.find(says[mistake]) != std::string::npos;
+    }
+    EXPECT(seen, "mistake %d passes, or says: %s", mistake, run(2, mistake, 0, 2).message.c_str());
+  }
+  EXPECT(run(2, 0, 0, 3).status == FASTOPS_ERR_INTERNAL, "three blocks in clusters of two");
+}
+
 // The layout that the copy engine writes and products read.
 void test_columns64() {
   using L = Columns64<128>;

@@ -150,6 +150,34 @@ FASTOPS_KERNEL(64, 1) boxes(FASTOPS_ARGUMENT Boxed b) {
   }
 #endif
 }
+// Two blocks, each fetching one box for both; the blocks tell each other when it has been read.
+FASTOPS_KERNEL(64, 1) shared_boxes(FASTOPS_ARGUMENT Boxed b) {
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  char* tile = dynamic_shared();
+  auto *full = reinterpret_cast<Mbarrier*>(tile + 4096), *empty = full + 1;
+  const int rank = cluster_rank();
+  if (thread_index() == 0) {
+    mbarrier_init(full, 1);
+    mbarrier_init(empty, 2);
+    mbarrier_ready();
+  }
+  cluster_sync();
+  for (int i = 0; i < 2; ++i) {
+    if (thread_index() == 0) {
+      mbarrier_arrive_expect(full, 4096);
+      tma_load_all(tile + 2048 * rank, &b.map, full, 3, 0, 4 * i, rank + i, rank);
+    }
+    mbarrier_wait(full, i & 1);
+    for (int w = thread_index(); w < 1024; w += 64)
+      b.run.out[(2 * i + rank) * 1024 + w] = reinterpret_cast<uint32_t*>(tile)[w];
+    block_sync();
+    if (thread_index() < 2) mbarrier_arrive_at(empty, thread_index());
+    mbarrier_wait(empty, i & 1);
+  }
+  cluster_arrive();
+  cluster_wait();
+#endif
+}
 FASTOPS_KERNEL(32, 1) matrices_back(const Run a) {
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   auto* s = reinterpret_cast<uint32_t*>(dynamic_shared());
@@ -231,12 +259,13 @@ bool finish() { return true; }
 
 int g_failed = 0;
 template <auto kKernel, class Args>
-void line(const char* name, const char* kind, const Args& args, const Run& run, int threads, size_t shared, int count) {
+void line(const char* name, const char* kind, const Args& args, const Run& run, int threads, size_t shared, int count,
+          int blocks = 1) {
   char message[FASTOPS_MESSAGE_SIZE] = "";
   fastops_cuda_env env{};
   env.struct_size = sizeof env;
   env.message = message;
-  if (launch<kKernel>({1, 1, 1, threads, shared}, &env, args) != FASTOPS_OK || !finish()) {
+  if (launch<kKernel>({blocks, 1, 1, threads, shared, blocks}, &env, args) != FASTOPS_OK || !finish()) {
     std::fprintf(stderr, "%s did not run: %s\n", name, message);
     g_failed = 1;
     return;
@@ -275,6 +304,7 @@ int main(int count, char** arguments) {
   if (!tensor_map({run.in, {64, 20, 3, 2}, {64, 20 * 64, 3 * 20 * 64}, 16}, &env, &boxed.map)) return 3;
   line<matrices_back>("stmatrix", "bits", run, run, 32, 512, 128);
   line<boxes>("tma", "bits", boxed, run, 64, 3072, 1536);
+  line<shared_boxes>("cluster", "bits", boxed, run, 64, 4096 + 64, 4096, 2);
   line<group_products<f16, true>>("wgmma_f16", "bits", run, run, 128, 128 * 128, 1536);
   line<group_products<bf16, true>>("wgmma_bf16", "bits", run, run, 128, 128 * 128, 1536);
   line<group_products<f16, false>>("wgmma_f16_real", "sum", run, run, 128, 128 * 128, 1536);

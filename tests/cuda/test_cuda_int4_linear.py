@@ -186,7 +186,8 @@ def hopper():
         (256, 136, 640, 128),
         (65, 24, 72, -1),
         (90, 40, 320, 320),
-        (70, 130, 128, 64),
+        (70, 130, 128, 64),  # two blocks of features, a cluster; the rows of x end in its second half, or before
+        (100, 520, 384, 64),
     ],
 )
 def test_many_rows_on_hopper(dtype, m, n, k, group):
@@ -198,8 +199,9 @@ def test_many_rows_on_hopper(dtype, m, n, k, group):
         check(x, Int4Weight(symmetric.codes, symmetric.scales, mins=torch.rand(symmetric.scales.shape)), None, "minima")
 
 
-def test_planes_strides_and_orders_on_hopper():
-    w = int4.quantize(torch.randn(64, 128), 64, bits=8)
+@pytest.mark.parametrize("n", [64, 256])  # one block of features, and a cluster of two
+def test_planes_strides_and_orders_on_hopper(n):
+    w = int4.quantize(torch.randn(n, 128), 64, bits=8)
     x = torch.randn(80, 300).half()[:, :128]
     x = torch.empty(80, 304).half()[:, :128].copy_(x)
     results = []
@@ -249,7 +251,7 @@ def test_int8_rows_of_zeros_and_nan():
 @pytest.mark.parametrize("end", [True, False])
 def test_guard_pages_of_the_other_kernels(end):
     for m, n, k, arch, int8, sparse in (
-        (80, 40, 192, "90", False, False), (3, 40, 1032, "80", True, False), (19, 24, 64, "80", True, True),
+        (80, 40, 192, "90", False, False), (80, 136, 192, "90", False, False), (3, 40, 1032, "80", True, False), (19, 24, 64, "80", True, True),
         (2, 24, 72, "80", False, True),
     ):  # fmt: skip
         packed = int4.quantize(torch.randn(n, k), -1, symmetric=sparse, sparsity="2:4" if sparse else None).packed()

@@ -19,9 +19,9 @@ class Recorder(_nvrtc.Launcher):
         super().__init__()
         self.started = []
 
-    def launch(self, kernel, grid, threads, shared, args, stream):
+    def launch(self, kernel, grid, args, stream):
         assert args
-        self.started.append((kernel, grid, threads, shared))
+        self.started.append((kernel, *grid))
 
 
 class Recording(_cuda.NvrtcLibrary):
@@ -75,7 +75,7 @@ def test_the_host_code_names_every_kernel():
         assert any(plain(n) == kernel for n in names), (kernel, names)
     for name in names:
         assert _nvrtc.source_of(name).startswith("cuda/")
-    assert lib.launcher.started[0][1:] == ((2, 2, 1), 128, 64 * 64 * 2 * 3 + 16)
+    assert lib.launcher.started[0][1:] == ((2, 2, 1), 1, 128, 64 * 64 * 2 * 3 + 16)
 
 
 def test_errors_come_back():
@@ -96,7 +96,7 @@ def test_nvrtc_compiles_what_the_host_code_asks_for(arch, tmp_path, monkeypatch)
     names = sorted(set(lib.names()))
     assert any("attention_sm90" in n for n in names) == (arch == 90)
     if arch == 90:  # without a driver there is no tensor map, and the other kernel is asked for
-        names.append("fastops::cuda::int4_gemm_sm90<fastops::f16, true>")
+        names.append("fastops::cuda::int4_gemm_sm90<fastops::f16, true, 2>")
     for kernel in names:
         code, symbol = _nvrtc.compile_kernel(kernel, "90a" if arch == 90 else str(arch))
         assert code[:4] == b"\x7fELF"

@@ -31,6 +31,7 @@ struct alignas(64) TensorMap {
 #include "cuda/arch/mma.cuh"
 #include "cuda/arch/thread.cuh"
 #include "cuda/arch/mbarrier.cuh"
+#include "cuda/arch/cluster.cuh"
 #include "cuda/arch/tma.cuh"
 #include "cuda/arch/wgmma.cuh"
 #else

@@ -21,11 +21,6 @@ std::string at(const Place& p) {
 
 Block& Block::current() { return *t_block; }
 
-Block& Block::mine() {
-  static thread_local Block block;
-  return block;
-}
-
 Block::~Block() {
   for (Thread* t : pool_) delete t;
   if (map_ != nullptr) munmap(map_, mapped_);
@@ -82,18 +77,20 @@ void Block::give_up(const std::string& why) {
   }
 }
 
-bool Block::run(int threads, size_t shared_bytes, Dim3 index, Dim3 grid, uint64_t seed, void (*body)(void*),
-                void* arg) {
-  Block* before = t_block;
-  t_block = this;
+void Block::begin(Cluster* cluster, int rank, int threads, size_t shared_bytes, Dim3 index, Dim3 grid,
+                  void (*body)(void*), void* arg) {
+  cluster_ = cluster;
+  rank_ = rank;
   threads_ = threads;
   index_ = index;
   grid_ = grid;
-  failed_ = false;
+  failed_ = ended_ = false;
   body_ = body;
   arg_ = arg;
   reserve_shared(shared_bytes);
-  async_.reset(shared_, shared_bytes, (threads + kWarp - 1) / kWarp);
+  const int warps = (threads + kWarp - 1) / kWarp;
+  state_.assign(static_cast<size_t>(warps), kReady);
+  async_.reset(shared_, shared_bytes, warps);
   while (pool_.size() < static_cast<size_t>(threads)) pool_.push_back(new Thread);
   for (int i = 0; i < threads; ++i) {
     Thread& t = *pool_[static_cast<size_t>(i)];
@@ -102,6 +99,7 @@ bool Block::run(int threads, size_t shared_bytes, Dim3 index, Dim3 grid, uint64_
     t.perform = nullptr;
     t.ready = nullptr;
     t.args = nullptr;
+    t.in_cluster = false;
     t.open.clear();
     t.groups.clear();
     t.fiber.start(
@@ -117,76 +115,133 @@ bool Block::run(int threads, size_t shared_bytes, Dim3 index, Dim3 grid, uint64_
         },
         this);
   }
-  const int warps = (threads + kWarp - 1) / kWarp;
-  std::mt19937_64 random(seed * 0x9e3779b97f4a7c15ull +
-                         static_cast<uint64_t>(index.x + 7919 * index.y + 104729 * index.z));
-  enum { kReady, kBarrier, kBlocked, kEnded };
-  std::vector<int> state(static_cast<size_t>(warps), kReady);
-  std::vector<int> ready;
-  while (!failed_) {
-    ready.clear();
-    for (int w = 0; w < warps; ++w)
-      if (state[static_cast<size_t>(w)] == kReady || (state[static_cast<size_t>(w)] == kBlocked && can_go_on(w)))
-        ready.push_back(w);
-    if (ready.empty()) {
-      bool ended = true;
-      for (int s : state) ended = ended && s == kEnded;
-      if (ended) break;
-      std::string wrong;
-      if (async_.deliver(random(), &wrong)) {  // nobody could go on without it
-        if (!wrong.empty()) give_up(wrong);
-        continue;
-      }
-      bool any = false, blocked = false;
-      for (int s : state) {
-        any = any || s == kBarrier;
-        blocked = blocked || s == kBlocked;
-      }
-      if (blocked) give_up("deadlock: every warp waits");
-      if (blocked || !any) break;
-      for (int& s : state)  // every thread that has not ended stands at the barrier
-        if (s == kBarrier) s = kReady;
-      continue;
-    }
-    const int w = ready[random() % ready.size()];
-    if (!run_warp(w)) break;
-    const int first = w * kWarp, end = first + kWarp < threads ? first + kWarp : threads;
-    int ended = 0;
-    bool together = true;
-    Thread* lead = nullptr;
-    for (int i = first; i < end; ++i) {
-      Thread& t = *pool_[static_cast<size_t>(i)];
-      if (t.fiber.done()) {
-        ++ended;
-        continue;
-      }
-      if (lead == nullptr) lead = &t;
-      together = together && t.place.same(lead->place) && t.perform == lead->perform && t.ready == lead->ready &&
-                 t.on == lead->on && t.value == lead->value;
-    }
-    if (ended == end - first) {
-      state[static_cast<size_t>(w)] = kEnded;
-    } else if (!together || (lead->perform != nullptr && ended > 0)) {
-      failed_ = true;
-      message_ = "lanes of warp " + std::to_string(w) + " do not meet" + places();
-    } else if (lead->ready != nullptr) {
-      state[static_cast<size_t>(w)] = kBlocked;
-    } else if (lead->perform == nullptr) {
-      state[static_cast<size_t>(w)] = kBarrier;
-    } else {
-      state[static_cast<size_t>(w)] = kReady;
-      warp_ = w;
-      void* args[kWarp] = {};
-      for (int i = first; i < end; ++i) args[i - first] = pool_[static_cast<size_t>(i)]->args;
-      lead->perform(args);
-    }
+}
+
+bool Block::move(uint64_t random) {
+  ready_.clear();
+  bool any = false, blocked = false;
+  for (size_t w = 0; w < state_.size(); ++w) {
+    any = any || state_[w] == kBarrier;
+    blocked = blocked || state_[w] == kBlocked;
+    if (state_[w] == kReady || (state_[w] == kBlocked && can_go_on(static_cast<int>(w))))
+      ready_.push_back(static_cast<int>(w));
   }
-  if (!failed_) {
+  if (ready_.empty() && (blocked || !any)) return false;
+  Block* before = t_block;
+  t_block = this;
+  if (ready_.empty()) {  // every thread that has not ended stands at the barrier
+    for (State& s : state_)
+      if (s == kBarrier) s = kReady;
+  } else {
+    const int w = ready_[random % ready_.size()];
+    if (run_warp(w)) met(w);
+  }
+  ended_ = true;
+  for (State s : state_) ended_ = ended_ && s == kEnded;
+  if (ended_ && !failed_) {
     const std::string left = async_.leftover();
     if (!left.empty()) give_up(left);
   }
   t_block = before;
-  return !failed_;
+  return true;
+}
+
+// What the lanes of a warp that ran have come to.
+void Block::met(int warp) {
+  State& state = state_[static_cast<size_t>(warp)];
+  const int first = warp * kWarp, end = first + kWarp < threads_ ? first + kWarp : threads_;
+  int ended = 0;
+  bool together = true;
+  Thread* lead = nullptr;
+  for (int i = first; i < end; ++i) {
+    Thread& t = *pool_[static_cast<size_t>(i)];
+    if (t.fiber.done()) {
+      ++ended;
+      continue;
+    }
+    if (lead == nullptr) lead = &t;
+    together = together && t.place.same(lead->place) && t.perform == lead->perform && t.ready == lead->ready &&
+               t.on == lead->on && t.value == lead->value;
+  }
+  if (ended == end - first) {
+    state = kEnded;
+  } else if (!together || (lead->perform != nullptr && ended > 0)) {
+    failed_ = true;
+    message_ = "lanes of warp " + std::to_string(warp) + " do not meet" + places();
+  } else if (lead->ready != nullptr) {
+    state = kBlocked;
+  } else if (lead->perform == nullptr) {
+    state = kBarrier;
+  } else {
+    state = kReady;
+    warp_ = warp;
+    void* args[kWarp] = {};
+    for (int i = first; i < end; ++i) args[i - first] = pool_[static_cast<size_t>(i)]->args;
+    lead->perform(args);
+  }
+}
+
+Cluster& Cluster::mine() {
+  static thread_local Cluster cluster;
+  return cluster;
+}
+
+Cluster::~Cluster() {
+  for (Block* b : pool_) delete b;
+}
+
+bool Cluster::run(int blocks, int threads, size_t shared_bytes, Dim3 first, Dim3 grid, uint64_t seed,
+                  void (*body)(void*), void* arg) {
+  while (pool_.size() < static_cast<size_t>(blocks)) pool_.push_back(new Block);
+  blocks_ = blocks;
+  arrived_ = 0;
+  all_ = blocks * threads;
+  round_ = 0;
+  std::vector<Block*> going(pool_.begin(), pool_.begin() + blocks), asked;
+  for (int i = 0; i < blocks; ++i)
+    pool_[static_cast<size_t>(i)]->begin(this, i, threads, shared_bytes, {first.x + i, first.y, first.z}, grid, body,
+                                         arg);
+  std::mt19937_64 random(seed * 0x9e3779b97f4a7c15ull +
+                         static_cast<uint64_t>(first.x + 7919 * first.y + 104729 * first.z));
+  // A block drawn by the seed moves; where none can, a copy lands; where there is none, it is over.
+  const auto step = [&]() -> Block* {
+    for (asked = going; !asked.empty();) {
+      const size_t i = blocks > 1 ? random() % asked.size() : 0;
+      if (asked[i]->move(random())) return asked[i];
+      asked.erase(asked.begin() + static_cast<std::ptrdiff_t>(i));
+    }
+    for (asked = going; !asked.empty();) {
+      const size_t i = blocks > 1 ? random() % asked.size() : 0;
+      std::string wrong;
+      if (asked[i]->async_.deliver(random(), &wrong)) {
+        if (!wrong.empty()) asked[i]->give_up(wrong);
+        return asked[i];
+      }
+      asked.erase(asked.begin() + static_cast<std::ptrdiff_t>(i));
+    }
+    std::string others;
+    for (size_t i = 1; i < going.size(); ++i)
+      others += "\n block " + std::to_string(going[i]->index_.x) + ":" + going[i]->places();
+    going[0]->give_up("deadlock: every warp waits");
+    going[0]->message_ += others;
+    return going[0];
+  };
+  while (!going.empty()) {
+    Block* moved = step();
+    if (moved->failed()) {
+      message_ = moved->message();
+      return false;
+    }
+    for (size_t i = 0; i < going.size(); ++i)
+      if (going[i]->ended()) going.erase(going.begin() + static_cast<std::ptrdiff_t>(i--));
+  }
+  return true;
+}
+
+void Cluster::arrive() {
+  if (++arrived_ < all_) return;
+  arrived_ = 0;
+  ++round_;
 }
 
 // Each lane up to where it has to meet others, or its end.
@@ -237,10 +292,15 @@ void Block::meet_warp(Place place, void* args, void (*perform)(void** args)) {
 
 void Block::meet_block(Place place) { meet_warp(place, nullptr, nullptr); }
 
+bool Block::in_shared(const void* at, size_t bytes) const {
+  const char* p = static_cast<const char*>(at);
+  return p >= shared_ && p + bytes <= shared_ + shared_bytes_;
+}
+
 void Block::check_shared(const void* at, size_t bytes, size_t align, Place place) {
   const char* p = static_cast<const char*>(at);
   me().place = place;
-  if (p < shared_ || p + bytes > shared_ + shared_bytes_)
+  if (!in_shared(at, bytes))
     fail(std::string(place.what) + ": shared address " + std::to_string(p - shared_) + " outside the " +
          std::to_string(shared_bytes_) + " bytes of the block");
   if (static_cast<size_t>(p - shared_) % align != 0)

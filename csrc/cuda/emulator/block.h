@@ -1,4 +1,5 @@
-// A block of CUDA threads on the host: fibers, warps that meet at collectives, shared memory, copies in flight.
+// A cluster of blocks of CUDA threads on the host (most clusters are one block): fibers, warps that meet at
+// collectives, shared memory, copies in flight.
 //
 // What makes wrong programs fail here, as they may on a GPU:
 //   - warps take turns in an order drawn from a seed, and each runs until it has to meet others;
@@ -38,6 +39,7 @@ struct Copy {
 };
 
 class Block;
+class Cluster;
 using Ready = bool (*)(Block& block, const void* on, uint32_t value);
 
 struct Thread {
@@ -49,6 +51,8 @@ struct Thread {
   Ready ready = nullptr;                   // when it may go on, where it waits for neither
   const void* on = nullptr;
   uint32_t value = 0;
+  bool in_cluster = false;  // it has arrived at the cluster's barrier and not waited there
+  uint32_t cluster_round = 0;
   std::vector<Copy> open;                 // copies of the group being gathered
   std::vector<std::vector<Copy>> groups;  // committed, oldest first
 };
@@ -56,11 +60,14 @@ struct Thread {
 class Block {
  public:
   static Block& current();  // of the running fiber
-  // This host thread's, for all kernels: its fibers' stacks are many mappings, of which a process may have some 65000.
-  static Block& mine();
 
-  // Runs body(arg) on `threads` threads. False: message() says what went wrong.
-  bool run(int threads, size_t shared_bytes, Dim3 index, Dim3 grid, uint64_t seed, void (*body)(void*), void* arg);
+  // Threads that will run body(arg).
+  void begin(Cluster* cluster, int rank, int threads, size_t shared_bytes, Dim3 index, Dim3 grid, void (*body)(void*),
+             void* arg);
+  // Lets one warp, drawn by `random`, go as far as it can. False: none could, and ended() or waits for others.
+  bool move(uint64_t random);
+  bool ended() const { return ended_; }
+  bool failed() const { return failed_; }
   const std::string& message() const { return message_; }
 
   // For the vocabulary, from within a thread.
@@ -68,11 +75,14 @@ class Block {
   int threads() const { return threads_; }
   const Dim3& index() const { return index_; }
   char* shared() { return shared_; }
+  Cluster& cluster() { return *cluster_; }
+  int rank() const { return rank_; }  // in the cluster
   void meet_warp(Place place, void* args, void (*perform)(void** args));
   void meet_block(Place place);
   void wait_until(Place place, const void* on, uint32_t value, Ready ready);
   Async& async() { return async_; }
   int warp() const { return warp_; }  // the one that performs a collective
+  bool in_shared(const void* at, size_t bytes) const;
   void check_shared(const void* at, size_t bytes, size_t align, Place place);
   void copy(char* to, const char* from, Place place);
   void commit();
@@ -86,9 +96,16 @@ class Block {
   void reserve_shared(size_t bytes);
   bool run_warp(int warp);
   bool can_go_on(int warp);
+  void met(int warp);
+  friend class Cluster;
   std::string places() const;
 
+  enum State { kReady, kBarrier, kBlocked, kEnded };
   std::vector<Thread*> pool_;
+  std::vector<State> state_;  // of each warp
+  std::vector<int> ready_;    // warps that can go on
+  Cluster* cluster_ = nullptr;
+  int rank_ = 0;
   int threads_ = 0;
   Dim3 index_, grid_;
   char* shared_ = nullptr;
@@ -99,7 +116,32 @@ class Block {
   int warp_ = 0;
   void (*body_)(void*) = nullptr;
   void* arg_ = nullptr;
-  bool failed_ = false;
+  bool failed_ = false, ended_ = false;
+  std::string message_;
+};
+
+// Blocks that run at the same time.
+class Cluster {
+ public:
+  // This host thread's, for all kernels: the stacks of fibers are many mappings, of which a process may have some
+  // 65000.
+  static Cluster& mine();
+  ~Cluster();
+
+  // Runs body(arg) on `blocks` blocks, `first` and its neighbours along x. False: message() says what went wrong.
+  bool run(int blocks, int threads, size_t shared_bytes, Dim3 first, Dim3 grid, uint64_t seed, void (*body)(void*),
+           void* arg);
+  const std::string& message() const { return message_; }
+
+  // For the vocabulary.
+  Block* block(int rank) { return rank >= 0 && rank < blocks_ ? pool_[static_cast<size_t>(rank)] : nullptr; }
+  void arrive();
+  uint32_t round() const { return round_; }
+
+ private:
+  std::vector<Block*> pool_;
+  int blocks_ = 0, arrived_ = 0, all_ = 0;
+  uint32_t round_ = 0;
   std::string message_;
 };
 

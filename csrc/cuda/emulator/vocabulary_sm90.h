@@ -4,6 +4,8 @@
 
 namespace fastops::cuda {
 
+using emulator::Thread;
+
 // ---- mbarrier, named barriers, fences
 struct alignas(8) Mbarrier {
   uint64_t word;
@@ -33,6 +35,47 @@ inline void mbarrier_wait(Mbarrier* bar, uint32_t parity, FASTOPS_PLACE) {
     return block.async().over(static_cast<const char*>(on), value);
   });
 }
+// ---- clusters
+inline int cluster_rank() { return Block::current().rank(); }
+inline void cluster_arrive(FASTOPS_PLACE) {
+  Block& block = Block::current();
+  Thread& me = block.me();
+  me.place = {"cluster_arrive", file, line};
+  if (me.in_cluster) block.fail("it arrived twice at the cluster's barrier");
+  me.in_cluster = true;
+  me.cluster_round = block.cluster().round();
+  block.cluster().arrive();
+}
+inline void cluster_wait(FASTOPS_PLACE) {
+  Block& block = Block::current();
+  const Place place{"cluster_wait", file, line};
+  block.me().place = place;
+  if (!block.me().in_cluster) block.fail("it waits at the cluster's barrier without having arrived");
+  block.me().in_cluster = false;
+  block.wait_until(place, &block.cluster(), block.me().cluster_round, [](Block&, const void* on, uint32_t value) {
+    return static_cast<const emulator::Cluster*>(on)->round() != value;
+  });
+}
+inline void cluster_sync(FASTOPS_PLACE) {
+  cluster_arrive(file, line);
+  cluster_wait(file, line);
+}
+// The same place in the shared memory of another block of the cluster.
+inline char* place_in(int rank, void* mine, Block** there, Place place) {
+  Block& block = Block::current();
+  *there = block.cluster().block(rank);
+  block.me().place = place;
+  if (*there == nullptr) block.fail("the cluster has no block " + std::to_string(rank));
+  if ((*there)->ended()) block.fail("block " + std::to_string(rank) + " of the cluster has ended");
+  return (*there)->shared() + (static_cast<char*>(mine) - block.shared());
+}
+inline void mbarrier_arrive_at(Mbarrier* bar, int rank, FASTOPS_PLACE) {
+  const Place place{"mbarrier_arrive_at", file, line};
+  Block* there = nullptr;
+  char* at = place_in(rank, bar, &there, place);
+  require(there->async().arrive(at, 0), place);
+}
+
 inline void fence_proxy_async() { Block::current().async().show(thread_index()); }
 inline void named_sync(int id, int threads, FASTOPS_PLACE) {
   Block& block = Block::current();
@@ -52,6 +95,21 @@ inline void tma_load(void* shared, const TensorMap* map, Mbarrier* bar, int c0, 
   emulator::Box box{{}, {c0, c1, c2, c3}, static_cast<char*>(shared), bytes_of(bar)};
   std::memcpy(box.map, map, sizeof box.map);
   require(Block::current().async().load(box), {"tma_load", file, line});
+}
+
+// Each block's copy lands at a time of its own.
+inline void tma_load_all(void* shared, const TensorMap* map, Mbarrier* bar, uint32_t blocks, int c0, int c1, int c2,
+                         int c3, FASTOPS_PLACE) {
+  const Place place{"tma_load_all", file, line};
+  require(blocks > 0 ? "" : "a copy into no block", place);
+  for (int rank = 0; blocks >> rank; ++rank) {
+    if ((blocks >> rank & 1) == 0) continue;
+    Block* there = nullptr;
+    char* to = place_in(rank, shared, &there, place);
+    emulator::Box box{{}, {c0, c1, c2, c3}, to, place_in(rank, bar, &there, place)};
+    std::memcpy(box.map, map, sizeof box.map);
+    require(there->async().load(box), place);
+  }
 }
 
 // ---- products of warp groups

@@ -22,6 +22,10 @@ inline bool int4_use_hopper(bool sm90a, int64_t M, int64_t K, int64_t Kx, int64_
   return sm90a && M > 64 && (group_size % kInt4Depth == 0 || group_size == K) && (Kx == K || Kx % kInt4Depth == 0);
 }
 
+// Blocks of neighbouring features that share their tile of x.
+FASTOPS_SHARED constexpr int64_t int4_hopper_blocks(int64_t N) { return (N + kInt4Columns - 1) / kInt4Columns; }
+FASTOPS_SHARED constexpr int int4_hopper_cluster(int64_t N) { return int4_hopper_blocks(N) % 2 == 0 ? 2 : 1; }
+
 // Tiles of 16 rows of a block.
 inline int int4_tiles(int64_t M) { return M <= 16 ? 1 : M <= 32 ? 2 : 4; }
 FASTOPS_SHARED constexpr size_t int4_stage_bytes(int tiles) {

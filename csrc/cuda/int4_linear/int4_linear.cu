@@ -106,8 +106,9 @@ fastops_status plan_of(const fastops_int4_linear_desc& d, fastops_cuda_env* env,
   Int4Args& a = plan->a;
   if (!check(d, &a, c)) return c.status();
   plan->int8 = d.int8 != 0;
-  plan->hopper = int4_use_hopper(device.sm90a && !plan->int8 && !a.sparse, a.M, a.K, a.Kx, a.group_size) &&
-                 tensor_map({a.x, {a.Kx, a.M, 1, 1}, {a.ldx, 8, 8}, kInt4HopperRows}, env, &plan->x);
+  plan->hopper =
+      int4_use_hopper(device.sm90a && !plan->int8 && !a.sparse, a.M, a.K, a.Kx, a.group_size) &&
+      tensor_map({a.x, {a.Kx, a.M, 1, 1}, {a.ldx, 8, 8}, kInt4HopperRows / int4_hopper_cluster(a.N)}, env, &plan->x);
   if (plan->hopper) {
     if (a.zeros || a.mins) plan->bytes = static_cast<size_t>(a.M * a.groups) * sizeof(float);
     return FASTOPS_OK;
@@ -155,22 +156,27 @@ fastops_status run(const Int4Args& a, bool int8, fastops_cuda_env* env) {
   return status == FASTOPS_OK ? add_parts<T, kTiles>(a, env) : status;
 }
 
-template <class T>
+template <class T, int kCluster>
 fastops_status run_hopper(const Plan& plan, fastops_cuda_env* env) {
   const Int4Args& a = plan.a;
   const Int4HopperArgs args{a, plan.x, static_cast<float*>(env->workspace)};
-  const Grid grid{(a.N + kInt4Columns - 1) / kInt4Columns, (a.M + kInt4HopperRows - 1) / kInt4HopperRows, 1,
-                  kInt4HopperThreads, int4_hopper_shared()};
-  if (!a.zeros && !a.mins) return launch<int4_gemm_sm90<T, false>>(grid, env, args);
+  const Grid grid{int4_hopper_blocks(a.N),
+                  (a.M + kInt4HopperRows - 1) / kInt4HopperRows,
+                  1,
+                  kInt4HopperThreads,
+                  int4_hopper_shared(),
+                  kCluster};
+  if (!a.zeros && !a.mins) return launch<int4_gemm_sm90<T, false, kCluster>>(grid, env, args);
   constexpr int kWarps = kInt4Threads / 32;
   const fastops_status status =
       launch<int4_sums<T>>({(a.groups + kWarps - 1) / kWarps, a.M, 1, kInt4Threads, 0}, env, args);
-  return status == FASTOPS_OK ? launch<int4_gemm_sm90<T, true>>(grid, env, args) : status;
+  return status == FASTOPS_OK ? launch<int4_gemm_sm90<T, true, kCluster>>(grid, env, args) : status;
 }
 
 template <class T>
 fastops_status run_tiles(const Plan& plan, fastops_cuda_env* env) {
-  if (plan.hopper) return run_hopper<T>(plan, env);
+  if (plan.hopper)
+    return int4_hopper_cluster(plan.a.N) == 2 ? run_hopper<T, 2>(plan, env) : run_hopper<T, 1>(plan, env);
   if (plan.tiles == 1) return run<T, 1>(plan.a, plan.int8, env);
   return plan.tiles == 2 ? run<T, 2>(plan.a, plan.int8, env) : run<T, 4>(plan.a, plan.int8, env);
 }

@@ -3,8 +3,10 @@
 // tensor cores.
 //
 // A block makes 128 features by 128 rows. One warp group fetches 64 columns of x and codes at a time; two others own 64
-// features each. While the products of one step run, the codes of the next are expanded (two instructions a code pair
-// more than on sm_80: the order of k is x's here).
+// features each. Two blocks of neighbouring features are a cluster, where their number is even: both need the same tile
+// of x, so each fetches half of it for both, and a stage costs 12 KiB of L2's traffic instead of 20. While the products
+// of one step run, the codes of the next are expanded (two instructions a code pair more than on sm_80: the order of k
+// is x's here).
 //
 //   its word of codes   nibbles hold k 0 4 1 5 2 6 3 7 of an octet; thread t of four needs k 2t, 2t+1: nibbles p, p+2
 //   with
@@ -21,14 +23,14 @@ namespace fastops::cuda {
 
 struct Int4HopperArgs {
   Int4Args a;
-  TensorMap x;  // [M][Kx], boxes of 128 rows
+  TensorMap x;  // [M][Kx], boxes of 128 rows, or of half of them for two blocks
   float* sums;  // [M][groups] of x; with zeros or mins
 };
 struct Int4HopperBarriers {
   Mbarrier full[kInt4Stages], empty[kInt4Stages];
 };
 
-template <class T, bool kShift>
+template <class T, bool kShift, int kCluster>
 FASTOPS_KERNEL(kInt4HopperThreads, 1)
 int4_gemm_sm90(FASTOPS_ARGUMENT Int4HopperArgs args) {
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -41,12 +43,15 @@ int4_gemm_sm90(FASTOPS_ARGUMENT Int4HopperArgs args) {
   auto& barriers = *reinterpret_cast<Int4HopperBarriers*>(codes + kInt4Stages * kInt4Columns * kInt4Depth / 2);
   if (thread_index() == 0) {
     for (int i = 0; i < kInt4Stages; ++i) {
-      mbarrier_init(&barriers.full[i], 129);  // threads that fetch, and the copy engine's
-      mbarrier_init(&barriers.empty[i], 8);   // warps that multiply
+      mbarrier_init(&barriers.full[i], 129);            // threads that fetch, and the copy engine's
+      mbarrier_init(&barriers.empty[i], 8 * kCluster);  // warps that multiply, of all blocks that get what we fetch
     }
     mbarrier_ready();
   }
-  block_sync();
+  if (kCluster > 1)
+    cluster_sync();
+  else
+    block_sync();
   const int warp_group = uniform(warp_index() / 4);
   if (warp_group == 0) {
     registers_shrink<40>();
@@ -56,8 +61,13 @@ int4_gemm_sm90(FASTOPS_ARGUMENT Int4HopperArgs args) {
         mbarrier_wait(&barriers.empty[at], (i / kInt4Stages & 1) ^ 1);
         if (thread_index() == 0) {
           mbarrier_arrive_expect(&barriers.full[at], kInt4HopperRows * kInt4Depth * 2);
-          tma_load(xs + at * kInt4HopperRows * kInt4Depth * 2, &args.x, &barriers.full[at],
-                   static_cast<int>(int64_t{i} * kInt4Depth % a.Kx), static_cast<int>(row0), 0, 0);
+          const int mine = kCluster > 1 ? cluster_rank() * (kInt4HopperRows / kCluster) : 0;
+          char* const to = xs + (at * kInt4HopperRows + mine) * kInt4Depth * 2;
+          const int column = static_cast<int>(int64_t{i} * kInt4Depth % a.Kx), row = static_cast<int>(row0) + mine;
+          if (kCluster > 1)
+            tma_load_all(to, &args.x, &barriers.full[at], (1u << kCluster) - 1, column, row, 0, 0);
+          else
+            tma_load(to, &args.x, &barriers.full[at], column, row, 0, 0);
         }
         char* to = codes + at * kInt4Columns * kInt4Depth / 2;
         FASTOPS_UNROLL
@@ -75,6 +85,7 @@ int4_gemm_sm90(FASTOPS_ARGUMENT Int4HopperArgs args) {
         cp_async_wait<0>();
       mbarrier_arrive(&barriers.full[(i - 1) % kInt4Stages]);
     }
+    if (kCluster > 1) cluster_sync();
     return;
   }
 
@@ -141,7 +152,14 @@ int4_gemm_sm90(FASTOPS_ARGUMENT Int4HopperArgs args) {
     }
     wgmma_wait<0>();
     wgmma_hold(part);
-    if (lane == 0) mbarrier_arrive(&barriers.empty[i % kInt4Stages]);
+    if (lane == 0) {
+      if (kCluster > 1) {
+        FASTOPS_UNROLL
+        for (int rank = 0; rank < kCluster; ++rank) mbarrier_arrive_at(&barriers.empty[i % kInt4Stages], rank);
+      } else {
+        mbarrier_arrive(&barriers.empty[i % kInt4Stages]);
+      }
+    }
     FASTOPS_UNROLL
     for (int s = 0; s < kSteps; ++s) {
       FASTOPS_UNROLL
@@ -151,6 +169,7 @@ int4_gemm_sm90(FASTOPS_ARGUMENT Int4HopperArgs args) {
     begins = k % a.group_size == 0 || i + 1 == chunks;
     if (begins) flush(static_cast<int>(k > a.K ? a.groups - 1 : (k - 1) / a.group_size));
   }
+  if (kCluster > 1) cluster_arrive();  // nobody may end while others arrive at its barriers
   if (a.out_wide) {
     // Turned on the way through shared memory (the stages are free once all have multiplied): 16 bytes of a row a lane.
     // Nothing here but the sums lives through the loop, which has no register to spare.
@@ -179,17 +198,18 @@ int4_gemm_sm90(FASTOPS_ARGUMENT Int4HopperArgs args) {
       store16(reinterpret_cast<T*>(a.out) + (down + row) * a.ldo + right + chunk * 8,
               *reinterpret_cast<const Bytes16*>(tile + Tile::at(row, chunk)));
     }
-    return;
-  }
-  FASTOPS_UNROLL
-  for (int n = 0; n < kTiles; ++n) {
+  } else {
     FASTOPS_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      const int64_t row = row0 + 8 * n + 2 * t + i % 2, column = column0 + feature + i / 2 * 8;
-      if (row >= a.M || column >= a.N) continue;
-      int4_finish<T>(a, row, column, total[n][i]);
+    for (int n = 0; n < kTiles; ++n) {
+      FASTOPS_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const int64_t row = row0 + 8 * n + 2 * t + i % 2, column = column0 + feature + i / 2 * 8;
+        if (row >= a.M || column >= a.N) continue;
+        int4_finish<T>(a, row, column, total[n][i]);
+      }
     }
   }
+  if (kCluster > 1) cluster_wait();
 #endif
 }
 

@@ -26,11 +26,12 @@ typedef struct fastops_cuda_env {
   char* message;         /* NULL or FASTOPS_MESSAGE_SIZE bytes */
   const char* variant;   /* out: the kernel that ran, e.g. "sm80" (static storage) */
   uint64_t seed;         /* emulator: draws the order in which warps take turns */
-  /* The emulated library only: where given, kernels are not emulated; each launch goes to this function (0: started) with
-   * the C++ signature of the function that starts the kernel, which names it, and a pointer to its one argument. For code
-   * compiled elsewhere from the same sources (fastops/_nvrtc.py): give arch and sm_count as well. */
-  int (*start)(const char* launch, const int64_t grid[3], int32_t threads, size_t shared, const void* args,
-               size_t args_size, void* stream);
+  /* The emulated library only: where given, kernels are not emulated; each launch goes to this function (0: started)
+   * with the C++ signature of the function that starts the kernel, which names it, the grid, how many neighbours along
+   * x make a cluster, and a pointer to the kernel's one argument. For code compiled elsewhere from the same sources
+   * (fastops/_nvrtc.py): give arch and sm_count as well. */
+  int (*start)(const char* launch, const int64_t grid[3], int32_t cluster, int32_t threads, size_t shared,
+               const void* args, size_t args_size, void* stream);
 } fastops_cuda_env;
 
 FASTOPS_API const char* fastops_cuda_version(void);
@@ -42,8 +43,8 @@ FASTOPS_API const char* fastops_cuda_archs(void);
 FASTOPS_API fastops_status fastops_cuda_attention_workspace(const fastops_attention_desc* desc, fastops_cuda_env* env,
                                                             size_t* bytes);
 FASTOPS_API fastops_status fastops_cuda_attention_fwd(const fastops_attention_desc* desc, fastops_cuda_env* env);
-/* Dense and ragged, fp16 and bf16, no attn_mask. Workspace: 4 bytes for each row of q and head. No atomics: the same bits
- * every time. */
+/* Dense and ragged, fp16 and bf16, no attn_mask. Workspace: 4 bytes for each row of q and head. No atomics: the same
+ * bits every time. */
 FASTOPS_API fastops_status fastops_cuda_attention_bwd_workspace(const fastops_attention_bwd_desc* desc,
                                                                 fastops_cuda_env* env, size_t* bytes);
 FASTOPS_API fastops_status fastops_cuda_attention_bwd(const fastops_attention_bwd_desc* desc, fastops_cuda_env* env);
