@@ -89,6 +89,54 @@ def test_head_sizes(isa, name, d, dv, hkv, group):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["int8", "kv8", "kv4"])
+@pytest.mark.parametrize(
+    ("hkv", "group", "d", "dv"), [(1, 7, 64, 128), (3, 3, 40, 72), (9, 2, 128, 256), (17, 1, 256, 64), (2, 4, 136, 8)]
+)
+def test_products_of_codes(isa, name, dtype, hkv, group, d, dv):
+    """Few rows against one scale a key and head: several tiles and blocks, every number of rows, tails of all sides."""
+    cache, table, have = filled(name, [601, 130, 5], page=16, hkv=hkv, d=d, dv=dv, dtype=dtype)
+    cu = torch.tensor([0, 1, 3, 4], dtype=torch.int32)
+    q = torch.randn(4, hkv * group, d).to(dtype)
+    q[0, 0] = 0.0
+    q[1, -1] *= 50.0  # one key has all the weight
+    out = fastops.attention_paged(q, cache.k, cache.v, table, have, cu, quant=cache.quant, causal=True)
+    want, near = (f(q, cache, table, have, cu, causal=True)[0] for f in (exact, same))
+    assert_matches(out, want, near, factor=2, what=name)
+
+
+@pytest.mark.parametrize("name", ["int8", "kv4"])
+def test_numbers_that_are_none_stay_in_their_rows(isa, name):
+    """A NaN or infinity of q, of a key's scale and of a value's: those rows are NaN, all others as before."""
+    for dtype in (torch.bfloat16, torch.float16):
+        cache, table, have = filled(name, [200, 40], hkv=2, d=64, dtype=dtype)
+        q = torch.randn(2, 4, 64).to(dtype)
+
+        def run(q, have=have, cache=cache, table=table):
+            return fastops.attention_paged(q, cache.k, cache.v, table, have, quant=cache.quant)
+
+        clean = run(q)
+        for bad in (torch.nan, torch.inf):
+            broken = q.clone()
+            broken[0, 1, 5] = bad
+            out = run(broken)
+            assert bool(out[0, 1].isnan().all())
+            out[0, 1] = clean[0, 1]
+            assert torch.equal(out, clean)
+        page = int(table[1, 1])  # tokens 32 to 39 of the second sequence
+        for scale in (cache.quant.k_scale, cache.quant.v_scale):
+            before = scale[page, 7, 1].clone()
+            scale[page, 7, 1] = torch.nan
+            out = run(q)
+            assert bool(out[1, 2:].isnan().all())
+            assert torch.equal(out[0], clean[0])
+            assert torch.equal(out[1, :2], clean[1, :2])
+            scale[page, 8, 1] = torch.nan  # behind the end
+            scale[page, 7, 1] = before
+            assert torch.equal(run(q), clean)
+
+
 @pytest.mark.parametrize("end", [True, False])
 @pytest.mark.parametrize("name", kv.FORMATS)
 def test_guard_pages(isa, end, name):
@@ -115,12 +163,13 @@ def test_threads_give_the_same_bits():
     assert torch.equal(*results)
 
 
-def test_scales_of_every_shape(isa):
+@pytest.mark.parametrize("q_dtype", DTYPES)
+def test_scales_of_every_shape(isa, q_dtype):
     """[1], [Hkv], [P, page, Hkv] and groups, in each float type, strided too; and K and V of different kinds."""
     pages, page, hkv, d = 4, 16, 3, 64
     codes = torch.randint(-127, 128, (2, pages, page, hkv, d), dtype=torch.int8)
     table, lens = torch.tensor([[2, 0, 3]], dtype=torch.int32), torch.tensor([40], dtype=torch.int32)
-    q = torch.randn(1, 6, d)
+    q = torch.randn(1, 6, d).to(q_dtype)
     for dtype in DTYPES:
         for shape in (
             [1],
@@ -138,7 +187,7 @@ def test_scales_of_every_shape(isa):
             assert_matches(
                 out, want, attend(q, codes[0], codes[1], table, lens, quant=quant)[0], factor=4, what=str(shape)
             )
-    plain = torch.randn(pages, page, hkv, d)
+    plain = torch.randn(pages, page, hkv, d).to(q_dtype)
     for k, v, quant in ((plain, codes[1], kv.KVQuant(v_scale=scale)), (codes[0], plain, kv.KVQuant(k_scale=scale))):
         out = fastops.attention_paged(q, k, v, table, lens, quant=quant)
         assert_matches(out, attend(q.double(), k, v, table, lens, quant=quant)[0], attend(q, k, v, table, lens, quant=quant)[0], factor=4, what="mixed")  # fmt: skip

@@ -10,8 +10,10 @@
 #include "cpu/attention/attention_modes.inl.h"
 // (decoding needs kIsBf16)
 #include "cpu/attention/attention_quant.inl.h"
-// (one more mode, over its scales)
+#include "cpu/attention/attention_scales.inl.h"
+// (and two more, over their scales)
 #include "cpu/attention/attention_nibbles.inl.h"
+#include "cpu/attention/attention_codes.inl.h"
 
 namespace fastops::cpu::FASTOPS_ISA {
 namespace {
@@ -71,7 +73,9 @@ struct Partial {
 // Whether a mode multiplies codes and needs their scales.
 template <class Mode>
 constexpr bool kReadsCodes = false;
-#if defined(FASTOPS_HAS_BF16_DOT)
+#if defined(FASTOPS_HAS_VNNI)
+template <int kKind>
+constexpr bool kReadsCodes<Codes<kKind>> = true;
 template <>
 constexpr bool kReadsCodes<Nibbles> = true;
 #endif
@@ -200,14 +204,30 @@ void run_source(const AttentionParams& p, const AttentionItem& it, const Sequenc
   }
 }
 
+#if defined(FASTOPS_HAS_VNNI)
+template <int kKind>
+void run_codes(const AttentionParams& p, const AttentionItem& it, const Sequence& s, float* scratch) {
+  run_epilogue<Codes<kKind>, PagedSource<Code<kKind>>>(p, it, s, scratch);
+}
+#endif
+
 void attention_item(const AttentionParams& p, const AttentionItem& it, float* scratch) {
   const Sequence s = sequence(p, it.b);
 #if defined(FASTOPS_HAS_AMX)
   [[maybe_unused]] const TileScope tiles;
 #endif
   if (p.quant) {  // decoded to what the products take: bf16 where the hardware multiplies it, otherwise fp32
+#if defined(FASTOPS_HAS_VNNI)
+    if (p.dtype != 1) {
+      if (one_scale_a_key(p, it, kKvI8)) return run_codes<kKvI8>(p, it, s, scratch);
+      if (one_scale_a_key(p, it, kKvU8)) return run_codes<kKvU8>(p, it, s, scratch);
+      if (one_scale_a_key(p, it, kKvU4)) {  // look-ups are as quick as integers, and quicker where rows are short
+        if (p.dtype == 3) return run_epilogue<Nibbles, PagedSource<U4>>(p, it, s, scratch);
+        return run_codes<kKvU4>(p, it, s, scratch);
+      }
+    }
+#endif
 #if defined(FASTOPS_HAS_BF16_DOT)
-    if (takes_nibbles(p, it)) return run_epilogue<Nibbles, PagedSource<U4>>(p, it, s, scratch);
     if (p.dtype == 3) return run_mode<QuantSource<bf16>>(p, it, s, scratch);
 #endif
     return run_mode<QuantSource<float>>(p, it, s, scratch);

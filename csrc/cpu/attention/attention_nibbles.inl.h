@@ -20,10 +20,11 @@ struct Nibbles {
   const AttentionParams& p;
   int64_t k_bytes, v_bytes;  // of one key, all heads of the item
   int block, lead, next = 0;
-  float *ks, *kb, *vs, *vb;  // [heads][BK]
-  float* q_sum;              // [heads * rows]
+  KeyScales numbers;
+  float* q_sum;  // [heads * rows]
 
-  Nibbles(Work<U4>& work, const AttentionParams& params) : w(work), p(params) {
+  Nibbles(Work<U4>& work, const AttentionParams& params)
+      : w(work), p(params), numbers(w.heads, w.tile = w.BK = tile_of(w), reinterpret_cast<float*>(w.raw)) {
     w.k_step = p.k_sh;
     w.v_step = p.v_sh;
     k_bytes = (w.heads - 1) * w.k_step + w.D / 2;
@@ -31,21 +32,20 @@ struct Nibbles {
     w.ldq = chunks(w.D) * kChunk / 2;
     w.VP = chunks(w.Dv) * kChunk + W;  // o in the order of the look-ups, then what is added to every channel
     w.st.ldo = w.VP;
+    block = keys(w, 8 << 10, 4, w.tile);
+    lead = keys(w, 12 << 10, 1, w.tile);
+    q_sum = numbers.end();
+  }
+
+  // As many keys as so many bytes hold.
+  static int keys(const Work<U4>& w, int64_t bytes, int least, int most) {
     const int64_t row = (w.D > w.Dv ? w.D : w.Dv) / 2 * w.heads;
-    const auto keys = [&](int64_t bytes, int least, int most) {
-      const int n = static_cast<int>(bytes / row) / least * least;
-      return n < least ? least : n < most ? n : most;
-    };
-    const int scores_fit = kDirectScores / 2 / (w.heads * w.rows) / 32 * 32;
-    w.tile = keys(128 << 10, 32, scores_fit < 32 ? 32 : scores_fit < kDirectKeys ? scores_fit : kDirectKeys);
-    w.BK = w.tile;
-    block = keys(8 << 10, 4, w.tile);
-    lead = keys(12 << 10, 1, w.tile);
-    ks = reinterpret_cast<float*>(w.raw);
-    kb = ks + w.heads * w.BK;
-    vs = kb + w.heads * w.BK;
-    vb = vs + w.heads * w.BK;
-    q_sum = vb + w.heads * w.BK;
+    const int n = static_cast<int>(bytes / row) / least * least;
+    return n < least ? least : n < most ? n : most;
+  }
+  static int tile_of(const Work<U4>& w) {
+    const int scores = kDirectScores / 2 / (w.heads * w.rows) / 32 * 32;
+    return keys(w, 128 << 10, 32, scores < 32 ? 32 : scores < kDirectKeys ? scores : kDirectKeys);
   }
 
   static int chunks(int dim) { return (dim + kChunk - 1) / kChunk; }
@@ -91,52 +91,8 @@ struct Nibbles {
     }
   }
 
-  // The numbers of keys [key, key + n), keys across.
   void scales(const AttentionItem& it, const int32_t* page_table, int64_t key, int n) {
-    side(p.kq, it, page_table, key, n, ks, kb);
-    side(p.vq, it, page_table, key, n, vs, vb);
-  }
-  void side(const KvSide& q, const AttentionItem& it, const int32_t* page_table, int64_t key, int n, float* scale,
-            float* shift) const {
-    const auto store = [&](int h, int j, vf s, vf z) {
-      vstore(scale + h * w.BK + j, s);
-      vstore(shift + h * w.BK + j, q.shift_is_zero ? vmul(vsub(vset(8.0f), z), s) : vfma(vset(8.0f), s, z));
-    };
-    const bool along_keys = q.group_shift == 0 && q.scale_s[1] == 1 && (!q.shift || q.shift_s[1] == 1);
-    for (int j = 0; j < n; j += W) {
-      const int64_t slot = (key + j) & p.page_mask;
-      if (along_keys && slot + W <= p.page_mask + 1 && j + W <= n) {  // 16 keys of a head lie together
-        const int64_t page = page_table[((key + j) >> p.page_shift) * p.table_sp];
-        const int64_t si = page * q.scale_s[0] + slot, zi = page * q.shift_s[0] + slot;
-        for (int h = 0; h < w.heads; ++h)
-          store(h, j, numbers(q.scale, q.scale_dtype, si + (it.hkv + h) * q.scale_s[2], W),
-                q.shift ? numbers(q.shift, q.scale_dtype, zi + (it.hkv + h) * q.shift_s[2], W) : vzero());
-        continue;
-      }
-      vf s[W], z[W];
-      for (int i = 0; i < W; ++i) {
-        const int64_t t = key + (j + i < n ? j + i : n - 1), page = page_table[(t >> p.page_shift) * p.table_sp];
-        const int64_t group = (t & p.page_mask) >> q.group_shift;
-        const int64_t si = page * q.scale_s[0] + group * q.scale_s[1] + it.hkv * q.scale_s[2];
-        const int64_t zi = page * q.shift_s[0] + group * q.shift_s[1] + it.hkv * q.shift_s[2];
-        s[i] = of_heads(q.scale, q.scale_dtype, si, q.scale_s[2]);
-        z[i] = q.shift ? of_heads(q.shift, q.scale_dtype, zi, q.shift_s[2]) : vzero();
-      }
-      vtranspose(s);
-      vtranspose(z);
-      for (int h = 0; h < w.heads; ++h) store(h, j, s[h], z[h]);
-    }
-  }
-  static vf numbers(const char* base, int32_t dtype, int64_t at, int n) {
-    if (dtype == 2) return vloadn(reinterpret_cast<const f16*>(base) + at, n);
-    if (dtype == 1) return vloadn(reinterpret_cast<const float*>(base) + at, n);
-    return vloadn(reinterpret_cast<const bf16*>(base) + at, n);
-  }
-  vf of_heads(const char* base, int32_t dtype, int64_t at, int64_t step) const {
-    if (step == 1) return numbers(base, dtype, at, w.heads);
-    float x[W] = {};
-    for (int h = 0; h < w.heads; ++h) x[h] = number_at(base, dtype, at + h * step);
-    return vload(x);
+    numbers.load(p, it, page_table, key, n, 8.0f);
   }
 
   // What the inner loops use, out of reach of the stores that might change it.
@@ -208,7 +164,8 @@ struct Nibbles {
         float* s = w.s + (h * rows + i) * w.BK;
         const vf sum = vset(q_sum[h * rows + i]);
         for (int j = 0; j < n; j += W)
-          vstore(s + j, vfma(vload(s + j), vload(ks + h * w.BK + j), vmul(sum, vload(kb + h * w.BK + j))));
+          vstore(s + j,
+                 vfma(vload(s + j), vload(numbers.ks + h * w.BK + j), vmul(sum, vload(numbers.kb + h * w.BK + j))));
       }
   }
 
@@ -271,8 +228,8 @@ struct Nibbles {
         for (int j = 0; j < n; j += W) {
           const vf x = vload(s + j);
           const __mmask16 seen = _mm512_cmp_ps_mask(x, vzero(), _CMP_NEQ_UQ);
-          vstore(to + j, _mm512_maskz_mul_ps(seen, x, vload(vs + h * w.BK + j)));
-          sum = _mm512_mask3_fmadd_ps(x, vload(vb + h * w.BK + j), sum, seen);
+          vstore(to + j, _mm512_maskz_mul_ps(seen, x, vload(numbers.vs + h * w.BK + j)));
+          sum = _mm512_mask3_fmadd_ps(x, vload(numbers.vb + h * w.BK + j), sum, seen);
         }
         vstore(rest, sum);
       }
@@ -315,12 +272,6 @@ struct Nibbles {
     }
   }
 };
-
-// Whether an item's cache is of that kind.
-inline bool takes_nibbles(const AttentionParams& p, const AttentionItem& it) {
-  const auto same = [](const KvSide& q, int dim) { return q.kind == kKvU4 && !q.each && q.channels == dim && q.scale; };
-  return p.dtype == 3 && it.rows <= kDirectRows && p.packed == nullptr && same(p.kq, p.D) && same(p.vq, p.Dv);
-}
 
 }  // namespace
 }  // namespace fastops::cpu::FASTOPS_ISA

@@ -1,0 +1,120 @@
+// The scales of a run of keys of a quantised cache whose codes are multiplied as they are (one scale, and one zero or
+// minimum, a key and head): a vector of 16 keys for each head, and what stands for code 0 as these modes see it.
+#if defined(FASTOPS_HAS_VNNI)
+namespace fastops::cpu::FASTOPS_ISA {
+namespace {
+
+// Whether both sides of a cache are of that kind.
+inline bool one_scale_a_key(const AttentionParams& p, const AttentionItem& it, int32_t kind) {
+  const auto same = [&](const KvSide& q, int dim) { return q.kind == kind && !q.each && q.channels == dim && q.scale; };
+  return it.rows <= kDirectRows && p.packed == nullptr && same(p.kq, p.D) && same(p.vq, p.Dv);
+}
+
+struct KeyScales {
+  int heads, tile;
+  float *ks, *kb, *vs, *vb;  // [heads][tile]
+
+  KeyScales(int item_heads, int keys, float* scratch)
+      : heads(item_heads),
+        tile(keys),
+        ks(scratch),
+        kb(ks + heads * tile),
+        vs(kb + heads * tile),
+        vb(vs + heads * tile) {}
+  float* end() const { return vb + heads * tile; }
+
+  // The numbers of keys [key, key + n). A shift stands for `middle` times the scale and a minimum, or less a zero.
+  void load(const AttentionParams& p, const AttentionItem& it, const int32_t* page_table, int64_t key, int n,
+            float middle) {
+    side(p, p.kq, it, page_table, key, n, middle, ks, kb);
+    side(p, p.vq, it, page_table, key, n, middle, vs, vb);
+  }
+
+ private:
+  void side(const AttentionParams& p, const KvSide& q, const AttentionItem& it, const int32_t* page_table, int64_t key,
+            int n, float middle, float* scale, float* shift) const {
+    const vf centre = vset(middle);
+    const int64_t scale_head = it.hkv * q.scale_s[2], shift_head = it.hkv * q.shift_s[2];
+    for (int j = 0; j < n; j += W) {
+      int64_t at[W], shift_at[W];  // of each key
+      const int64_t slot = (key + j) & p.page_mask;
+      const bool one_page = slot + W <= p.page_mask + 1 && j + W <= n;
+      for (int i = 0; i < W; ++i) {
+        if (i > 0 && one_page && q.group_shift == 0) {
+          at[i] = at[i - 1] + q.scale_s[1];
+          shift_at[i] = shift_at[i - 1] + q.shift_s[1];
+          continue;
+        }
+        const int64_t t = key + (j + i < n ? j + i : n - 1), page = page_table[(t >> p.page_shift) * p.table_sp];
+        const int64_t group = (t & p.page_mask) >> q.group_shift;
+        at[i] = page * q.scale_s[0] + group * q.scale_s[1] + scale_head;
+        shift_at[i] = page * q.shift_s[0] + group * q.shift_s[1] + shift_head;
+      }
+      vf s[W], z[W];
+      heads_of(q.scale, q.scale_dtype, at, q.scale_s, s);
+      if (q.shift) heads_of(q.shift, q.scale_dtype, shift_at, q.shift_s, z);
+      for (int h = 0; h < heads; ++h) {
+        vstore(scale + h * tile + j, s[h]);
+        const vf zero = q.shift ? z[h] : vzero();
+        vstore(shift + h * tile + j, q.shift_is_zero ? vmul(vsub(centre, zero), s[h]) : vfma(centre, s[h], zero));
+      }
+    }
+  }
+  // Numbers of the item's heads, a vector of 16 keys for each head. at: where the first head's stands for each key.
+  void heads_of(const char* base, int32_t dtype, const int64_t (&at)[W], const int64_t (&step)[4], vf (&out)[W]) const {
+    if (step[1] == 1 && at[W - 1] - at[0] == W - 1) {  // keys lie side by side
+      for (int h = 0; h < heads; ++h) out[h] = numbers(base, dtype, at[0] + h * step[2], W);
+      return;
+    }
+    if (step[2] == 1 && heads <= 8) {  // two keys in a vector, whose quarters are turned and put in order
+      vf x[8];
+      for (int i = 0; i < 8; ++i) x[i] = pair(base, dtype, at[i / 4 * 8 + i % 4], at[i / 4 * 8 + i % 4 + 4]);
+      for (int i = 0; i < 8; i += 4) {
+        const vf ab = _mm512_unpacklo_ps(x[i], x[i + 1]), cd = _mm512_unpacklo_ps(x[i + 2], x[i + 3]);
+        const vf AB = _mm512_unpackhi_ps(x[i], x[i + 1]), CD = _mm512_unpackhi_ps(x[i + 2], x[i + 3]);
+        x[i] = _mm512_shuffle_ps(ab, cd, 0x44);
+        x[i + 1] = _mm512_shuffle_ps(ab, cd, 0xee);
+        x[i + 2] = _mm512_shuffle_ps(AB, CD, 0x44);
+        x[i + 3] = _mm512_shuffle_ps(AB, CD, 0xee);
+      }
+      for (int i = 0; i < 4; ++i) {
+        out[i] = _mm512_shuffle_f32x4(x[i], x[i + 4], 0x88);
+        out[i + 4] = _mm512_shuffle_f32x4(x[i], x[i + 4], 0xdd);
+      }
+      return;
+    }
+    for (int i = 0; i < W; ++i) {
+      if (step[2] == 1) {
+        out[i] = numbers(base, dtype, at[i], heads);
+        continue;
+      }
+      float x[W] = {};
+      for (int h = 0; h < heads; ++h) x[h] = number_at(base, dtype, at[i] + h * step[2]);
+      out[i] = vload(x);
+    }
+    vtranspose(out);
+  }
+  static vf numbers(const char* base, int32_t dtype, int64_t at, int n) {
+    if (dtype == 2) return vloadn(reinterpret_cast<const f16*>(base) + at, n);
+    if (dtype == 1) return vloadn(reinterpret_cast<const float*>(base) + at, n);
+    return vloadn(reinterpret_cast<const bf16*>(base) + at, n);
+  }
+  // Up to eight numbers at `at`, and as many at `then`.
+  vf pair(const char* base, int32_t dtype, int64_t at, int64_t then) const {
+    const auto m = static_cast<__mmask8>((1u << heads) - 1u);
+    if (dtype == 1) {
+      const auto* x = reinterpret_cast<const float*>(base);
+      return _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_maskz_loadu_ps(m, x + at)),
+                                _mm256_maskz_loadu_ps(m, x + then), 1);
+    }
+    const auto* x = reinterpret_cast<const uint16_t*>(base);
+    const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_maskz_loadu_epi16(m, x + at)),
+                                                 _mm_maskz_loadu_epi16(m, x + then), 1);
+    if (dtype == 2) return _mm512_cvtph_ps(both);
+    return vi_as_bits(_mm512_slli_epi32(_mm512_cvtepu16_epi32(both), 16));
+  }
+};
+
+}  // namespace
+}  // namespace fastops::cpu::FASTOPS_ISA
+#endif
