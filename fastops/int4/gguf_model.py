@@ -104,7 +104,10 @@ def _exact(
         raw = _neox_rows(raw, heads)
     weight = from_gguf(raw, tensor.tensor_type.name, shape)
     mins = None if weight.mins is None else weight.mins.to(scale_dtype)
-    weight = Int4Weight(weight.codes, weight.scales.to(scale_dtype), mins=mins)
+    try:
+        weight = Int4Weight(weight.codes, weight.scales.to(scale_dtype), mins=mins)
+    except ValueError as error:  # numbers that scale_dtype cannot hold
+        raise ValueError(f"load_gguf: {tensor.name}: {error}") from error
     got, want = weight.dequantize(), linear.weight.detach().float()
     if not torch.allclose(got, want, rtol=2.0**-7, atol=2.0**-7 * float(want.abs().max())):
         raise ValueError(f"load_gguf: {tensor.name} is not the weight of {layer}: the model is not of this file")

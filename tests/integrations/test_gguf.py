@@ -12,6 +12,7 @@ from families import CONFIGS, IDS, SMALL, model_of  # noqa: E402
 from gguf_files import write  # noqa: E402
 
 from fastops import int4  # noqa: E402
+from fastops.int4 import gguf_model  # noqa: E402
 
 ARCHES = {"llama": "llama", "qwen3": "qwen3", "gemma3": "gemma3"}
 KINDS = {"down_proj": "Q4_0", "q_proj": "Q4_0", "k_proj": "Q4_0", "up_proj": "Q5_0", "v_proj": "Q8_0"}
@@ -93,6 +94,20 @@ def test_refusals(tmp_path):
     with pytest.raises(ValueError, match="architecture 'lamla'"):
         int4.load_gguf(model, tmp_path / "strange.gguf")
     assert all(type(m) is torch.nn.Linear for n, m in model.named_modules() if n.endswith("_proj"))
+
+
+def test_scales_that_do_not_fit_name_their_tensor(tmp_path, monkeypatch):
+    model = model_of("llama")
+    path = tmp_path / "m.gguf"
+    write(model, path, "llama", KINDS)
+
+    def huge(*args, read=gguf_model.from_gguf):
+        weight = read(*args)
+        return int4.Int4Weight(weight.codes, weight.scales.float() * 1e9)
+
+    monkeypatch.setattr(gguf_model, "from_gguf", huge)
+    with pytest.raises(ValueError, match=r"load_gguf: blk\.0\.attn_q\.weight: Int4Weight: scales"):
+        int4.load_gguf(model, path, scale_dtype=torch.float16)
 
 
 def test_truncated_files_are_named(tmp_path):

@@ -159,8 +159,11 @@ void tile_loop(const AttentionParams& p, const AttentionItem& it, const Sequence
     const RowState st = w.state(h);
     for (int r = 0; r < w.rows; ++r) {
       const float m = kGeneral ? st.m[r] : st.m[r] * p.scale;
-      mode.finish(st.o + static_cast<int64_t>(r) * w.VP);
-      Epilogue::row(p, it, seq, h, r, st.o + static_cast<int64_t>(r) * w.VP, m, vsum(vload(st.l + r * kPad)));
+      float* o = st.o + static_cast<int64_t>(r) * w.VP;
+      mode.finish(o);
+      if (Source::kDecodes && it.v_factor != 1.0f)
+        for (int d = 0; d < w.VP; d += W) vstore(o + d, vmul(vload(o + d), vset(it.v_factor)));
+      Epilogue::row(p, it, seq, h, r, o, m, vsum(vload(st.l + r * kPad)));
     }
   }
 }
@@ -228,7 +231,12 @@ void attention_item(const AttentionParams& p, const AttentionItem& it, float* sc
     }
 #endif
 #if defined(FASTOPS_HAS_BF16_DOT)
-    if (p.dtype == 3) return run_mode<QuantSource<bf16>>(p, it, s, scratch);
+    if (p.dtype == 3) {
+      AttentionParams folded = p;
+      AttentionItem item = it;
+      fold_scales(folded, item);
+      return run_mode<QuantSource<bf16>>(folded, item, s, scratch);
+    }
 #endif
     return run_mode<QuantSource<float>>(p, it, s, scratch);
   }

@@ -33,6 +33,10 @@ FASTOPS_INLINE void decode_same(const uint8_t* row, int n, float scale, float sh
   const vf s = vset(scale), m = vset(shift);
   int d = 0;
 #if defined(FASTOPS_HAS_BF16_DOT)
+  if constexpr (kIsBf16<T> && kKind == kKvF8) {  // as they are, where nothing is to be multiplied
+    if (scale == 1.0f && shift == 0.0f)
+      for (; d + 2 * W <= n; d += 2 * W) _mm512_storeu_si512(out + d, vload_f8_bf16(row + d));
+  }
   if constexpr (kIsBf16<T> && (kKind == kKvU4 || kKind == kKvU2)) {  // few codes: every value they stand for, once
     const int period = 1 << kCodeBits<kKind>;
     const vf code =
@@ -75,6 +79,22 @@ inline void copy_row(const char* row, int32_t dtype, int n, T* out) {
 inline float number_at(const char* base, int32_t dtype, int64_t i) {
   if (dtype == 1) return reinterpret_cast<const float*>(base)[i];
   return dtype == 2 ? to_f32(reinterpret_cast<const f16*>(base)[i]) : to_f32(reinterpret_cast<const bf16*>(base)[i]);
+}
+
+// One scale for a whole cache of e4m3 (vLLM's) need not meet every code: that of K goes into the scores' scale, that of
+// V to the end. Takes them out of `p`.
+inline void fold_scales(AttentionParams& p, AttentionItem& it) {
+  const auto take = [](KvSide& q) {
+    if (q.kind != kKvF8 || q.scale == nullptr || q.shift != nullptr) return 1.0f;
+    for (int64_t step : q.scale_s)
+      if (step != 0) return 1.0f;
+    const float scale = number_at(q.scale, q.scale_dtype, 0);
+    q.scale = nullptr;
+    return scale;
+  };
+  if (p.packed != nullptr) return;  // its recent tokens have none
+  p.scale *= take(p.kq);
+  it.v_factor = take(p.vq);
 }
 
 template <class T>
@@ -147,6 +167,13 @@ struct QuantSource {
       if constexpr (kKind == kKvPlain) {
         for (; j < end; ++j, row += ss * size)
           for (int h = 0; h < heads; ++h) copy_row(row + h * sh, p.dtype, dim, out + j * step + h * dim);
+      } else if (q.scale == nullptr && q.shift == nullptr) {  // codes stand for themselves
+        const bool one_run = sh == dim * kCodeBits<kKind> / 8;
+        const int runs = one_run ? 1 : heads, length = one_run ? heads * dim : dim;
+        for (; j < end; ++j, row += ss)
+          for (int h = 0; h < runs; ++h)
+            decode_same<kKind>(reinterpret_cast<const uint8_t*>(row + h * sh), length, 1.0f, 0.0f,
+                               out + j * step + h * dim);
       } else if (q.each) {
         for (int h = 0; h < heads; ++h) {
           alignas(64) float scale[kMaxHeadDim], shift[kMaxHeadDim];

@@ -215,6 +215,14 @@ FASTOPS_INLINE vi vpairs_bf16(vi x) {
   return _mm512_permutexvar_epi16(_mm512_srli_epi32(x, 4 * i), _mm512_broadcast_i64x4(half));
 }
 #endif
+#if defined(FASTOPS_HAS_VNNI)
+// acc + the products of four unsigned bytes of `u` and four signed ones of `s`, in each lane. GCC 12 copies the sums of
+// its intrinsic to and fro in loops with many of them (a quarter of their time).
+FASTOPS_INLINE vi vdot_bytes(vi acc, vi u, vi s) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(u), "v"(s));
+  return acc;
+}
+#endif
 // acc + the products of four unsigned bytes of `u` (at most 15) and the four signed ones of `s4`, in each lane.
 FASTOPS_INLINE vi vdot4(vi acc, vi u, int32_t s4) {
 #if defined(FASTOPS_HAS_VNNI)
@@ -224,14 +232,6 @@ FASTOPS_INLINE vi vdot4(vi acc, vi u, int32_t s4) {
   return _mm512_add_epi32(acc, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
 #endif
 }
-#if defined(FASTOPS_HAS_VNNI)
-// acc + the products of four unsigned bytes of `u` and four signed ones of `s`, in each lane. GCC 12 copies the sums of
-// its intrinsic to and fro in loops with many of them (a quarter of their time).
-FASTOPS_INLINE vi vdot_bytes(vi acc, vi u, vi s) {
-  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(u), "v"(s));
-  return acc;
-}
-#endif
 // W codes as numbers: bytes with and without a sign, e4m3, and 4 and 2 bits each.
 template <class Bits>
 FASTOPS_INLINE Bits vbits(const uint8_t* p) {
@@ -274,6 +274,21 @@ FASTOPS_INLINE __m512i vlookup_bf16(const uint8_t* p, __m512i table) {
     const __m512i two = _mm512_or_si512(x, _mm512_slli_epi64(x, 14));
     return _mm512_permutexvar_epi16(_mm512_or_si512(two, _mm512_slli_epi64(two, 28)), table);
   }
+}
+// 2 W codes of e4m3 as bf16, exactly: the exponent's bias grows by 120; numbers below 2^-6, which have no leading one,
+// are looked up, and 0x7f is a NaN.
+FASTOPS_INLINE __m512i vload_f8_bf16(const uint8_t* p) {
+  const __m512i x = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  const __m512i sign = _mm512_and_si512(x, _mm512_set1_epi16(static_cast<int16_t>(0x8000)));
+  const __m512i bits = _mm512_and_si512(_mm512_slli_epi16(x, 4), _mm512_set1_epi16(static_cast<int16_t>(0x87f0)));
+  const __m512i normal = _mm512_add_epi16(bits, _mm512_set1_epi16(120 << 7));
+  const __m512i eighths =  // of 2^-6; the look-up takes five bits, of which the upper two are 0 here
+      _mm512_castsi128_si512(_mm_setr_epi16(0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60));
+  const __mmask32 small = _mm512_testn_epi16_mask(x, _mm512_set1_epi16(0x78));
+  const __m512i y = _mm512_mask_mov_epi16(normal, small, _mm512_or_si512(_mm512_permutexvar_epi16(x, eighths), sign));
+  const __m512i seven = _mm512_set1_epi16(0x7f);
+  return _mm512_mask_mov_epi16(y, _mm512_cmpeq_epi16_mask(_mm512_and_si512(x, seven), seven),
+                               _mm512_set1_epi16(0x7fc0));
 }
 #endif
 FASTOPS_INLINE void vprefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
