@@ -69,6 +69,20 @@ struct Codes {
     const int64_t left = bytes(dim - c);
     return left >= 64 ? ~0ull : (1ull << left) - 1ull;
   }
+  // A row as whole numbers up to kLevels, which stand for `scale` each; zeros that stand for NaN where the row has a
+  // NaN or an infinity. most: its largest magnitude; poison: finite where all of it is.
+  struct Rounding {
+    float scale;
+    __mmask16 finite;
+    vf inverse;
+    Rounding(float most, vf poison) {
+      finite = vall_finite(poison) ? 0xffff : 0;
+      scale = finite ? most / kLevels : __builtin_nanf("");
+      const float x = most > 0.0f ? kLevels / most : 0.0f;
+      inverse = vset(x <= 3e38f ? x : 3e38f);  // the least numbers of all become 0
+    }
+    vi operator()(vf x) const { return _mm512_maskz_cvtps_epi32(finite, vmul(x, inverse)); }
+  };
   // Two signed bytes of each number of 15 bits.
   static FASTOPS_INLINE void split(vi x, __m128i* high, __m128i* low) {
     const vi h = _mm512_srai_epi32(_mm512_add_epi32(x, _mm512_set1_epi32(64)), 7);
@@ -97,14 +111,14 @@ struct Codes {
         top = vmax(top, vabs(x));
         poison = vfma(x, vzero(), poison);
       }
-      const float most = vhmax(top), inverse = most > 0.0f ? kLevels / most : 0.0f;
+      const Rounding to_whole(vhmax(top), poison);
       q_sum[row] = vsum(sum);
-      q_scale[row] = vall_finite(poison) ? most / kLevels : __builtin_nanf("");
+      q_scale[row] = to_whole.scale;
       alignas(64) int8_t plane[2][kMaxHeadDim + kChunk] = {};
       vi all = vizero();
       for (int d = 0; d < w.D; d += W) {
         const vf x = w.D - d >= W ? vload(src + d) : vloadn(src + d, w.D - d);
-        const vi n = _mm512_cvtps_epi32(vmul(x, vset(inverse)));
+        const vi n = to_whole(x);
         all = viadd(all, n);
         split(n, reinterpret_cast<__m128i*>(plane[0] + d), reinterpret_cast<__m128i*>(plane[1] + d));
       }
@@ -362,14 +376,13 @@ struct Codes {
       vstore(s + j, y);
     }
     vstore(rest, sum);
-    const float most = vhmax(top);
-    const vf inverse = vset(most > 0.0f ? kLevels / most : 0.0f);
-    p_scale[row] = vall_finite(poison) ? most / kLevels : __builtin_nanf("");
+    const Rounding to_whole(vhmax(top), poison);
+    p_scale[row] = to_whole.scale;
     auto* to = reinterpret_cast<__m128i*>(w.p16 + row * (w.BK / 2));
     for (int j = 0; j < n; j += kBlock) {
       vi all = vizero();
       for (int i = j; i < j + kBlock && i < n; i += W) {
-        const vi x = _mm512_cvtps_epi32(vmul(vload(s + i), inverse));
+        const vi x = to_whole(vload(s + i));
         all = viadd(all, x);
         __m128i high, low;
         split(x, &high, &low);
