@@ -225,7 +225,7 @@ void attention_item(const AttentionParams& p, const AttentionItem& it, float* sc
       if (one_scale_a_key(p, it, kKvI8)) return run_codes<kKvI8>(p, it, s, scratch);
       if (one_scale_a_key(p, it, kKvU8)) return run_codes<kKvU8>(p, it, s, scratch);
       if (one_scale_a_key(p, it, kKvU4)) {  // look-ups are as quick as integers, and quicker where rows are short
-        if (p.dtype == 3) return run_epilogue<Nibbles, PagedSource<U4>>(p, it, s, scratch);
+        if (p.dtype == 3) return run_epilogue<Nibbles, PagedSource<Code<kKvU4>>>(p, it, s, scratch);
         return run_codes<kKvU4>(p, it, s, scratch);
       }
     }

@@ -1,4 +1,4 @@
-// A third way to multiply a tile: few rows of 16-bit numbers against caches of 8- or 4-bit codes with one scale a key
+// A fourth way to multiply a tile: few rows of 16-bit numbers against caches of 8- or 4-bit codes with one scale a key
 // and head, by integer dot products. No decoded row exists anywhere: scales are multiplied into the scores and the
 // probabilities,
 //   q k^T = ks (q (code - c)) + kb sum(q)        p v = (p vs) (code - c) + p vb
@@ -14,35 +14,25 @@ namespace fastops::cpu::FASTOPS_ISA {
 namespace {
 
 template <int kKind>
-struct Code {  // codes of a kind
-  uint8_t bits;
-};
-
-template <int kKind>
-struct Codes {
-  static constexpr bool kBf16P = false;
-  static constexpr int kRows = kDirectRows;
-  static constexpr int kBits = kKind == kKvU4 ? 4 : 8, kHalves = 8 / kBits;
+struct Codes : CodeMode<kKind> {
+  using CodeMode<kKind>::w;
+  using CodeMode<kKind>::p;
+  using CodeMode<kKind>::k_bytes;
+  using CodeMode<kKind>::v_bytes;
+  using CodeMode<kKind>::next;
+  using CodeMode<kKind>::numbers;
+  using CodeMode<kKind>::bytes;
+  static constexpr int kBits = kCodeBits<kKind>, kHalves = 8 / kBits;
   static constexpr int kChunk = 64 * kHalves;                  // channels of a vector of codes
   static constexpr int kCentre = kKind == kKvU4 ? 8 : 128;     // where the codes' middle is, as unsigned bytes
   static constexpr int kShift = kKind == kKvI8 ? 0 : kCentre;  // and what it stands for
   static constexpr float kLevels = 127 * 128;                  // of x
-  Work<Code<kKind>>& w;
-  const AttentionParams& p;
-  int64_t k_bytes, v_bytes;  // of one key, all heads of the item
-  int next = 0;
-  KeyScales numbers;
-  float *q_sum, *q_scale;  // [heads * rows]
-  int32_t* q_all;          // the sum of x, kCentre times
+  float *q_sum, *q_scale;                                      // [heads * rows]
+  int32_t* q_all;                                              // the sum of x, kCentre times
   float* p_scale;
   int32_t* p_all;  // [heads * rows][kBlocks]
 
-  Codes(Work<Code<kKind>>& work, const AttentionParams& params)
-      : w(work), p(params), numbers(w.heads, w.tile = w.BK = tile_of(w), reinterpret_cast<float*>(w.raw)) {
-    w.k_step = p.k_sh;
-    w.v_step = p.v_sh;
-    k_bytes = (w.heads - 1) * w.k_step + bytes(w.D);
-    v_bytes = (w.heads - 1) * w.v_step + bytes(w.Dv);
+  Codes(Work<Code<kKind>>& work, const AttentionParams& params) : CodeMode<kKind>(work, params, tile_of(work)) {
     w.ldq = chunks(w.D) * kChunk / 2;  // two bytes a channel
     w.VP = chunks(w.Dv) * kChunk + W;  // o in the order of the products, then what is added to every channel
     w.st.ldo = w.VP;
@@ -62,7 +52,6 @@ struct Codes {
   static constexpr int64_t kTileBytes = 128 << 10;      // of K, and as many of V
   static constexpr int kBlock = kBits == 4 ? 64 : 16;   // keys whose values are weighed together,
   static constexpr int kBlocks = kDirectKeys / kBlock;  // and how far the prefetch runs ahead
-  static int64_t bytes(int64_t dim) { return dim * kBits / 8; }
   static int chunks(int dim) { return (dim + kChunk - 1) / kChunk; }
   // The bytes of a row in the 64 from channel c on.
   static __mmask64 row_mask(int dim, int c) {
@@ -150,14 +139,6 @@ struct Codes {
   void begin(int n) const {
     RowStream first(w.kr + w.tile, n < kBlock ? n : kBlock, k_bytes, nullptr, 0, 0);
     first.step(1 << 14);
-  }
-
-  void prepare(int n, int next_n) {
-    next = next_n;
-    for (int j = n; j < (n + W - 1) / W * W; ++j) {  // their scores are masked away
-      w.kr[j] = w.kr[n - 1];
-      w.vr[j] = w.vr[n - 1];
-    }
   }
 
   void scales(const AttentionItem& it, const int32_t* page_table, int64_t key, int n) {

@@ -8,27 +8,12 @@
 namespace fastops::cpu::FASTOPS_ISA {
 namespace {
 
-struct U4 {  // two codes
-  uint8_t bits;
-};
-
-struct Nibbles {
-  static constexpr bool kBf16P = false;
-  static constexpr int kRows = kDirectRows;
+struct Nibbles : CodeMode<kKvU4> {
   static constexpr int kChunk = 128;  // channels of a vector of codes
-  Work<U4>& w;
-  const AttentionParams& p;
-  int64_t k_bytes, v_bytes;  // of one key, all heads of the item
-  int block, lead, next = 0;
-  KeyScales numbers;
+  int block, lead;
   float* q_sum;  // [heads * rows]
 
-  Nibbles(Work<U4>& work, const AttentionParams& params)
-      : w(work), p(params), numbers(w.heads, w.tile = w.BK = tile_of(w), reinterpret_cast<float*>(w.raw)) {
-    w.k_step = p.k_sh;
-    w.v_step = p.v_sh;
-    k_bytes = (w.heads - 1) * w.k_step + w.D / 2;
-    v_bytes = (w.heads - 1) * w.v_step + w.Dv / 2;
+  Nibbles(Work<Code<kKvU4>>& work, const AttentionParams& params) : CodeMode(work, params, tile_of(work)) {
     w.ldq = chunks(w.D) * kChunk / 2;
     w.VP = chunks(w.Dv) * kChunk + W;  // o in the order of the look-ups, then what is added to every channel
     w.st.ldo = w.VP;
@@ -38,12 +23,12 @@ struct Nibbles {
   }
 
   // As many keys as so many bytes hold.
-  static int keys(const Work<U4>& w, int64_t bytes, int least, int most) {
+  static int keys(const Work<Code<kKvU4>>& w, int64_t bytes, int least, int most) {
     const int64_t row = (w.D > w.Dv ? w.D : w.Dv) / 2 * w.heads;
     const int n = static_cast<int>(bytes / row) / least * least;
     return n < least ? least : n < most ? n : most;
   }
-  static int tile_of(const Work<U4>& w) {
+  static int tile_of(const Work<Code<kKvU4>>& w) {
     const int scores = kDirectScores / 2 / (w.heads * w.rows) / 32 * 32;
     return keys(w, 128 << 10, 32, scores < 32 ? 32 : scores < kDirectKeys ? scores : kDirectKeys);
   }
@@ -83,21 +68,13 @@ struct Nibbles {
     first.step(1 << 10);
   }
 
-  void prepare(int n, int next_n) {
-    next = next_n;
-    for (int j = n; j < (n + W - 1) / W * W; ++j) {  // their scores are masked away
-      w.kr[j] = w.kr[n - 1];
-      w.vr[j] = w.vr[n - 1];
-    }
-  }
-
   void scales(const AttentionItem& it, const int32_t* page_table, int64_t key, int n) {
     numbers.load(p, it, page_table, key, n, 8.0f);
   }
 
   // What the inner loops use, out of reach of the stores that might change it.
   struct View {
-    const U4* const* rows;
+    const Code<kKvU4>* const* rows;
     int64_t step;
     int dim;
     const float* a;  // q, or the probabilities
@@ -180,7 +157,7 @@ struct Nibbles {
       FASTOPS_UNROLL
       for (int n = 0; n < 4; ++n) acc[r][n] = vload(o + r * t.ldc + n * W);
     }
-    const U4* const* rows = t.rows;
+    const Code<kKvU4>* const* rows = t.rows;
     const float* weight[RB];
     FASTOPS_UNROLL
     for (int r = 0; r < RB; ++r) weight[r] = weights + r * t.lda;

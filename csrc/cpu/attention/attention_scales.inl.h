@@ -115,6 +115,41 @@ struct KeyScales {
   }
 };
 
+// What the modes that multiply codes share.
+template <int kKind>
+struct Code {  // codes of a kind
+  uint8_t bits;
+};
+
+template <int kKind>
+struct CodeMode {
+  static constexpr bool kBf16P = false;
+  static constexpr int kRows = kDirectRows;
+  Work<Code<kKind>>& w;
+  const AttentionParams& p;
+  int64_t k_bytes, v_bytes;  // of one key, all heads of the item
+  int next = 0;              // keys of the tile behind this one
+  KeyScales numbers;
+
+  // Tiles of so many keys.
+  CodeMode(Work<Code<kKind>>& work, const AttentionParams& params, int keys)
+      : w(work), p(params), numbers(w.heads, w.tile = w.BK = keys, reinterpret_cast<float*>(w.raw)) {
+    w.k_step = p.k_sh;
+    w.v_step = p.v_sh;
+    k_bytes = (w.heads - 1) * w.k_step + bytes(w.D);
+    v_bytes = (w.heads - 1) * w.v_step + bytes(w.Dv);
+  }
+  static int64_t bytes(int64_t dim) { return dim * kCodeBits<kKind> / 8; }
+
+  void prepare(int n, int next_n) {
+    next = next_n;
+    for (int j = n; j < (n + W - 1) / W * W; ++j) {  // their scores are masked away
+      w.kr[j] = w.kr[n - 1];
+      w.vr[j] = w.vr[n - 1];
+    }
+  }
+};
+
 }  // namespace
 }  // namespace fastops::cpu::FASTOPS_ISA
 #endif

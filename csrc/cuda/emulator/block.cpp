@@ -292,15 +292,10 @@ void Block::meet_warp(Place place, void* args, void (*perform)(void** args)) {
 
 void Block::meet_block(Place place) { meet_warp(place, nullptr, nullptr); }
 
-bool Block::in_shared(const void* at, size_t bytes) const {
-  const char* p = static_cast<const char*>(at);
-  return p >= shared_ && p + bytes <= shared_ + shared_bytes_;
-}
-
 void Block::check_shared(const void* at, size_t bytes, size_t align, Place place) {
   const char* p = static_cast<const char*>(at);
   me().place = place;
-  if (!in_shared(at, bytes))
+  if (p < shared_ || p + bytes > shared_ + shared_bytes_)
     fail(std::string(place.what) + ": shared address " + std::to_string(p - shared_) + " outside the " +
          std::to_string(shared_bytes_) + " bytes of the block");
   if (static_cast<size_t>(p - shared_) % align != 0)

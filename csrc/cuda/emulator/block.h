@@ -82,7 +82,6 @@ class Block {
   void wait_until(Place place, const void* on, uint32_t value, Ready ready);
   Async& async() { return async_; }
   int warp() const { return warp_; }  // the one that performs a collective
-  bool in_shared(const void* at, size_t bytes) const;
   void check_shared(const void* at, size_t bytes, size_t align, Place place);
   void copy(char* to, const char* from, Place place);
   void commit();

@@ -91,10 +91,13 @@ inline void named_arrive(int id, int threads, FASTOPS_PLACE) {
 }
 
 // ---- the copy engine
-inline void tma_load(void* shared, const TensorMap* map, Mbarrier* bar, int c0, int c1, int c2, int c3, FASTOPS_PLACE) {
-  emulator::Box box{{}, {c0, c1, c2, c3}, static_cast<char*>(shared), bytes_of(bar)};
+inline void load_box(Block& to, const TensorMap* map, emulator::Box box, Place place) {
   std::memcpy(box.map, map, sizeof box.map);
-  require(Block::current().async().load(box), {"tma_load", file, line});
+  require(to.async().load(box), place);
+}
+inline void tma_load(void* shared, const TensorMap* map, Mbarrier* bar, int c0, int c1, int c2, int c3, FASTOPS_PLACE) {
+  load_box(Block::current(), map, {{}, {c0, c1, c2, c3}, static_cast<char*>(shared), bytes_of(bar)},
+           {"tma_load", file, line});
 }
 
 // Each block's copy lands at a time of its own.
@@ -106,9 +109,8 @@ inline void tma_load_all(void* shared, const TensorMap* map, Mbarrier* bar, uint
     if ((blocks >> rank & 1) == 0) continue;
     Block* there = nullptr;
     char* to = place_in(rank, shared, &there, place);
-    emulator::Box box{{}, {c0, c1, c2, c3}, to, place_in(rank, bar, &there, place)};
-    std::memcpy(box.map, map, sizeof box.map);
-    require(there->async().load(box), place);
+    char* at = place_in(rank, bar, &there, place);
+    load_box(*there, map, {{}, {c0, c1, c2, c3}, to, at}, place);
   }
 }
 
