@@ -1,6 +1,6 @@
 """fastops: attention and GEMM operators, first-class on every machine. See README.md and docs/."""
 
-from fastops import int4, kv, lut, nn
+from fastops import _cuda, int4, kv, lut, nn
 from fastops.dispatch import explain, override
 from fastops.dispatch.override import read_environment as _read_environment
 from fastops.errors import FallbackWarning, NotSupportedError
@@ -57,3 +57,5 @@ __all__ = [
 ]
 
 _read_environment()
+if _cuda.GPUS.missing is None:
+    _cuda.define_plain()

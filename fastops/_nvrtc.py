@@ -124,6 +124,8 @@ START = ctypes.CFUNCTYPE(
     ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p,
 )  # fmt: skip
 
+FACTS = ctypes.CFUNCTYPE(None, ctypes.c_int32, ctypes.POINTER(ctypes.c_int32), ctypes.POINTER(ctypes.c_int32))
+
 Grid = tuple[tuple[int, ...], int, int, int]  # blocks, blocks of a cluster along x, threads, bytes of shared memory
 
 
@@ -147,24 +149,33 @@ def launch_config(grid: Grid, stream: int) -> Any:
 
 
 class Launcher:
-    """Starts kernels on the current device. `hook` is what fastops_cuda_env.start points at."""
+    """Starts kernels on the current device."""
 
     def __init__(self) -> None:
         self.error: Exception | None = None
         self._functions: dict[tuple[str, int], Any] = {}
 
     @cached_property
-    def hook(self) -> Any:
-        def start(launch: bytes, grid: Any, *rest: int) -> int:
-            cluster, threads, shared, args, _, stream = rest
-            try:
-                self.launch(expression(launch.decode()), (tuple(grid[:3]), cluster, threads, shared), args, stream or 0)
-            except Exception as error:  # through C: kept for whoever made the call
-                self.error = error
-                return 1
-            return 0
+    def hooks(self) -> tuple[int, int]:
+        """What fastops_cuda_env.start points at, and what gives a device's facts; alive as long as the launcher."""
+        self._callbacks = START(self._start), FACTS(self._facts)
+        start, facts = (ctypes.cast(f, ctypes.c_void_p).value or 0 for f in self._callbacks)
+        return start, facts
 
-        return START(start)
+    def _start(self, launch: bytes, grid: Any, *rest: int) -> int:
+        cluster, threads, shared, args, _, stream = rest
+        try:
+            self.launch(expression(launch.decode()), (tuple(grid[:3]), cluster, threads, shared), args, stream or 0)
+        except Exception as error:  # through C: kept for whoever made the call
+            self.error = error
+            return 1
+        return 0
+
+    def _facts(self, device: int, arch: Any, sm_count: Any) -> None:
+        arch[0], sm_count[0] = self.facts(device)
+
+    def facts(self, device: int) -> tuple[int, int]:
+        return device_facts(device)
 
     def launch(self, kernel: str, grid: Grid, args: int, stream: int) -> None:
         from cuda.bindings import driver
@@ -180,7 +191,7 @@ class Launcher:
         device = torch.cuda.current_device()
         key = (kernel, device)
         if key not in self._functions:
-            arch, _ = device_facts(device)
+            arch, _ = self.facts(device)
             code, symbol = compile_kernel(kernel, "90a" if arch == 90 else str(arch))
             status, module = driver.cuModuleLoadData(code)
             _good(status, f"loading {kernel}")

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-_LIBRARY = Path(__file__).parent / "lib" / "libfastops_torch.so"
+FOLDER = Path(__file__).parent / "lib"  # of the compiled libraries
+_LIBRARY = FOLDER / "libfastops_torch.so"
 
 control: Any = None  # fastops._C, or None
 missing: str | None = None  # why there is no compiled library

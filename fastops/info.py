@@ -85,10 +85,7 @@ def info() -> Info:
         gpus=gpus,
         providers={name: [r.name for r in op.rows] for name, op in operators.items()},
         missing=_ops.missing,
-        cuda={
-            "cuda": _cuda.library(False).describe(),
-            "cuda-emulated": _cuda.library(True).describe(),
-        },
+        cuda=_cuda.describe(),
     )
 
 

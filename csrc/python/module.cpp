@@ -2,10 +2,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "fastops/fastops.h"
+#include "torch/libraries.h"
 
 extern "C" const char* fastops_torch_last_variant(void);
 
@@ -39,6 +42,20 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("name"), "Forces a variant for the process; 'auto' lifts that.");
   m.def("last_variant", &fastops_torch_last_variant, "The variant the last operator call on this thread ran.");
+  m.def(
+      "load_cuda",
+      [](const std::string& path, bool for_gpus, std::uintptr_t start, std::uintptr_t facts) {
+        const char* problem = fastops_torch_load(path.c_str(), for_gpus, reinterpret_cast<void*>(start),
+                                                 reinterpret_cast<fastops_torch_facts>(facts));
+        return problem == nullptr ? std::optional<std::string>() : std::optional<std::string>(problem);
+      },
+      py::arg("path"), py::arg("for_gpus"), py::arg("start") = 0, py::arg("facts") = 0,
+      "Takes a library of CUDA kernels into use: for GPUs, or the emulator. What is wrong with it, or None.");
+  m.def("cuda_archs", &fastops_torch_archs, py::arg("for_gpus"), "Architectures of the loaded library.");
+  m.def("set_mode", &fastops_torch_set_mode, py::arg("mode"), "How this thread's calls are taken; the mode before.");
+  m.attr("EMULATE") = static_cast<int>(fastops::binding::kEmulate);
+  m.attr("OR_REFUSE") = static_cast<int>(fastops::binding::kOrRefuse);
+  m.def("last_refusal", &fastops_torch_last_refusal, "Why the kernels did not take this thread's last refused call.");
   m.def("build_info", [] {
     py::dict d;
     d["compiler"] = FASTOPS_COMPILER;

@@ -1,13 +1,10 @@
 // silu_and_mul, gelu_and_mul, swiglu, geglu: tensors to descriptors, nothing else.
-#include "torch/tensor.h"
+#include "torch/register.h"
 
 namespace fastops::binding {
 namespace {
 
-void run(const fastops_gated_desc& d) {
-  call([&](fastops_env* env) { return fastops_gated(&d, env); },
-       [](fastops_env*, size_t*) { return FASTOPS_ERR_INTERNAL; });
-}
+constexpr Function<fastops_gated_desc> kGated{&fastops_gated, nullptr, kCudaGated};
 
 int64_t gelu_kind(const std::string& approximate) {
   if (approximate == "tanh") return FASTOPS_GELU_TANH;
@@ -23,8 +20,8 @@ fastops_gated_desc blank(int64_t activation) {
 }
 
 // The two halves of the last dimension.
-void halves(const Tensor& x, const char* name, fastops_tensor* first, fastops_tensor* second) {
-  *first = view(x, name);
+void halves(const Place& at, const Tensor& x, const char* name, fastops_tensor* first, fastops_tensor* second) {
+  *first = at.view(x, name);
   const int64_t n = first->ndim > 0 ? first->size[first->ndim - 1] : 1;
   if (n % 2 != 0) raise(FASTOPS_ERR_VALUE, "gated: the last dimension of x must be even: two halves");
   if (first->ndim > 0) first->size[first->ndim - 1] = n / 2;
@@ -34,32 +31,36 @@ void halves(const Tensor& x, const char* name, fastops_tensor* first, fastops_te
 }
 
 Tensor halved(const Tensor& x, int64_t activation) {
+  const Place at(x);
   fastops_gated_desc d = blank(activation);
-  halves(x, "x", &d.gate, &d.up);
-  Tensor out = empty(d.gate.size, static_cast<size_t>(d.gate.ndim), scalar_type(x));
-  d.out = view(out, "out");
-  run(d);
+  halves(at, x, "x", &d.gate, &d.up);
+  Tensor out = at.empty(d.gate.size, static_cast<size_t>(d.gate.ndim), scalar_type(x));
+  d.out = at.view(out, "out");
+  at.call(kGated, d);
   return out;
 }
 
 void halved_into(const Tensor& x, int64_t activation, const Tensor& out) {
+  const Place at(x);
   fastops_gated_desc d = blank(activation);
-  halves(x, "x", &d.gate, &d.up);
-  d.out = view(out, "out");
-  run(d);
+  halves(at, x, "x", &d.gate, &d.up);
+  d.out = at.view(out, "out");
+  at.call(kGated, d);
 }
 
 void gated_into(const Tensor& gate, const Tensor& up, int64_t activation, const Tensor& out) {
+  const Place at(gate);
   fastops_gated_desc d = blank(activation);
-  d.gate = view(gate, "gate");
-  d.up = view(up, "up");
-  d.out = view(out, "out");
-  run(d);
+  d.gate = at.view(gate, "gate");
+  d.up = at.view(up, "up");
+  d.out = at.view(out, "out");
+  at.call(kGated, d);
 }
 
 Tensor gated(const Tensor& gate, const Tensor& up, int64_t activation) {
-  const fastops_tensor like = view(gate, "gate");
-  Tensor out = empty(like.size, static_cast<size_t>(like.ndim), scalar_type(gate));
+  const Place at(gate);
+  const fastops_tensor like = at.view(gate, "gate");
+  Tensor out = at.empty(like.size, static_cast<size_t>(like.ndim), scalar_type(gate));
   gated_into(gate, up, activation, out);
   return out;
 }
@@ -76,42 +77,38 @@ void geglu_out(Tensor gate, Tensor up, std::string approximate, Tensor out) {
 }
 
 std::tuple<Tensor, Tensor> gated_backward(Tensor dout, Tensor gate, Tensor up, int64_t activation) {
+  const Place at(gate);
   fastops_gated_desc d = blank(activation);
-  d.gate = view(gate, "gate");
-  d.up = view(up, "up");
-  d.dout = view(dout, "dout");
-  Tensor dgate = empty(d.gate.size, static_cast<size_t>(d.gate.ndim), scalar_type(gate));
-  Tensor dup = empty(d.gate.size, static_cast<size_t>(d.gate.ndim), scalar_type(gate));
-  d.dgate = view(dgate, "dgate");
-  d.dup = view(dup, "dup");
-  run(d);
+  d.gate = at.view(gate, "gate");
+  d.up = at.view(up, "up");
+  d.dout = at.view(dout, "dout");
+  Tensor dgate = at.empty(d.gate.size, static_cast<size_t>(d.gate.ndim), scalar_type(gate));
+  Tensor dup = at.empty(d.gate.size, static_cast<size_t>(d.gate.ndim), scalar_type(gate));
+  d.dgate = at.view(dgate, "dgate");
+  d.dup = at.view(dup, "dup");
+  at.call(kGated, d);
   return {dgate, dup};
 }
 
 Tensor and_mul_backward(Tensor dout, Tensor x, int64_t activation) {
+  const Place at(x);
   fastops_gated_desc d = blank(activation);
-  halves(x, "x", &d.gate, &d.up);
-  d.dout = view(dout, "dout");
-  const fastops_tensor like = view(x, "x");
-  Tensor dx = empty(like.size, static_cast<size_t>(like.ndim), scalar_type(x));
-  halves(dx, "dx", &d.dgate, &d.dup);
-  run(d);
+  halves(at, x, "x", &d.gate, &d.up);
+  d.dout = at.view(dout, "dout");
+  const fastops_tensor like = at.view(x, "x");
+  Tensor dx = at.empty(like.size, static_cast<size_t>(like.ndim), scalar_type(x));
+  halves(at, dx, "dx", &d.dgate, &d.dup);
+  at.call(kGated, d);
   return dx;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastops, CPU, m) {
-  m.impl("silu_and_mul", TORCH_BOX(&silu_and_mul));
-  m.impl("silu_and_mul_out", TORCH_BOX(&silu_and_mul_out));
-  m.impl("gelu_and_mul", TORCH_BOX(&gelu_and_mul));
-  m.impl("gelu_and_mul_out", TORCH_BOX(&gelu_and_mul_out));
-  m.impl("swiglu", TORCH_BOX(&swiglu));
-  m.impl("swiglu_out", TORCH_BOX(&swiglu_out));
-  m.impl("geglu", TORCH_BOX(&geglu));
-  m.impl("geglu_out", TORCH_BOX(&geglu_out));
-  m.impl("gated_backward", TORCH_BOX(&gated_backward));
-  m.impl("and_mul_backward", TORCH_BOX(&and_mul_backward));
-}
+#define FASTOPS_OPS(X)                                                                                \
+  X(silu_and_mul)                                                                                     \
+  X(silu_and_mul_out)                                                                                 \
+  X(gelu_and_mul) X(gelu_and_mul_out) X(swiglu) X(swiglu_out) X(geglu) X(geglu_out) X(gated_backward) \
+      X(and_mul_backward)
+FASTOPS_REGISTER(FASTOPS_OPS)
 
 }  // namespace fastops::binding

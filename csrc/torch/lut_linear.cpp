@@ -4,33 +4,36 @@
 namespace fastops::binding {
 namespace {
 
-void run(const Tensor& x, const Tensor& codes, const Tensor& table, const OptTensor& row_starts,
+constexpr Function<fastops_lut_linear_desc> kLut{&fastops_lut_linear, &fastops_lut_linear_workspace};
+
+void run(const Place& at, const Tensor& x, const Tensor& codes, const Tensor& table, const OptTensor& row_starts,
          const OptTensor& columns, const OptTensor& values, const OptTensor& bias, const Tensor& out) {
   fastops_lut_linear_desc d{};
   d.struct_size = sizeof d;
-  d.x = view(x, "x");
-  d.out = view(out, "out");
-  d.codes = view(codes, "codes");
-  d.table = view(table, "table");
-  d.row_starts = view(row_starts, "row_starts");
-  d.columns = view(columns, "columns");
-  d.values = view(values, "values");
-  d.bias = view(bias, "bias");
-  call([&](fastops_env* env) { return fastops_lut_linear(&d, env); },
-       [&](fastops_env* env, size_t* bytes) { return fastops_lut_linear_workspace(&d, env, bytes); });
+  d.x = at.view(x, "x");
+  d.out = at.view(out, "out");
+  d.codes = at.view(codes, "codes");
+  d.table = at.view(table, "table");
+  d.row_starts = at.view(row_starts, "row_starts");
+  d.columns = at.view(columns, "columns");
+  d.values = at.view(values, "values");
+  d.bias = at.view(bias, "bias");
+  at.call(kLut, d);
 }
 
 Tensor lut_linear(Tensor x, Tensor codes, Tensor table, OptTensor row_starts, OptTensor columns, OptTensor values,
                   OptTensor bias) {
+  const Place at(x);
   const int64_t size[2] = {x.dim() > 0 ? x.size(0) : 0, codes.dim() > 0 ? codes.size(0) : 0};
-  Tensor out = empty(size, 2, scalar_type(x));
-  run(x, codes, table, row_starts, columns, values, bias, out);
+  Tensor out = at.empty(size, 2, scalar_type(x));
+  run(at, x, codes, table, row_starts, columns, values, bias, out);
   return out;
 }
 
 void lut_linear_out(Tensor x, Tensor codes, Tensor table, OptTensor row_starts, OptTensor columns, OptTensor values,
                     OptTensor bias, Tensor out) {
-  run(x, codes, table, row_starts, columns, values, bias, out);
+  const Place at(x);
+  run(at, x, codes, table, row_starts, columns, values, bias, out);
 }
 
 }  // namespace

@@ -1,42 +1,45 @@
 // apply_rope, qk_norm_rope: tensors to descriptors, nothing else.
-#include "torch/tensor.h"
+#include "torch/register.h"
 
 namespace fastops::binding {
 namespace {
 
+constexpr Function<fastops_rope_desc> kRope{&fastops_rope, nullptr, kCudaRope};
+
 struct Call {
+  Place at;
   fastops_rope_desc d{};
   Call(const Tensor& q, const OptTensor& k, const Tensor& cos, const Tensor& sin, const OptTensor& positions,
-       bool interleaved) {
+       bool interleaved)
+      : at(q) {
     d.struct_size = sizeof d;
     d.interleaved = interleaved;
-    d.q = view(q, "q");
-    d.k = view(k, "k");
-    d.cos = view(cos, "cos");
-    d.sin = view(sin, "sin");
-    d.positions = view(positions, "positions");
+    d.q = at.view(q, "q");
+    d.k = at.view(k, "k");
+    d.cos = at.view(cos, "cos");
+    d.sin = at.view(sin, "sin");
+    d.positions = at.view(positions, "positions");
   }
   Call& norm(const OptTensor& q_weight, const OptTensor& k_weight, double eps, double weight_offset) {
-    d.q_weight = view(q_weight, "q_weight");
-    d.k_weight = view(k_weight, "k_weight");
+    d.q_weight = at.view(q_weight, "q_weight");
+    d.k_weight = at.view(k_weight, "k_weight");
     d.eps = static_cast<float>(eps);
     d.weight_offset = static_cast<float>(weight_offset);
     return *this;
   }
   void run(const Tensor& q_out, const OptTensor& k_out) {
-    d.q_out = view(q_out, "q_out");
-    d.k_out = view(k_out, "k_out");
-    call([&](fastops_env* env) { return fastops_rope(&d, env); },
-         [](fastops_env*, size_t*) { return FASTOPS_ERR_INTERNAL; });
+    d.q_out = at.view(q_out, "q_out");
+    d.k_out = at.view(k_out, "k_out");
+    at.call(kRope, d);
   }
   // Without k its result is an empty tensor.
   std::tuple<Tensor, Tensor> run(const Tensor& q) {
-    Tensor q_out = empty(d.q.size, static_cast<size_t>(d.q.ndim), scalar_type(q));
+    Tensor q_out = at.empty(d.q.size, static_cast<size_t>(d.q.ndim), scalar_type(q));
     if (d.k.ndim == 0) {
       run(q_out, std::nullopt);
-      return {q_out, empty({0}, scalar_type(q))};
+      return {q_out, at.empty({0}, scalar_type(q))};
     }
-    Tensor k_out = empty(d.k.size, static_cast<size_t>(d.k.ndim), scalar_type(q));
+    Tensor k_out = at.empty(d.k.size, static_cast<size_t>(d.k.ndim), scalar_type(q));
     run(q_out, k_out);
     return {q_out, k_out};
   }
@@ -67,20 +70,16 @@ void qk_norm_rope_out(Tensor q, OptTensor k, OptTensor q_weight, OptTensor k_wei
                       Tensor q_out, OptTensor k_out, OptTensor k_cache, OptTensor v_cache) {
   Call c(q, k, cos, sin, positions, interleaved);
   c.norm(q_weight, k_weight, eps, weight_offset);
-  c.d.v = view(v, "v");
-  c.d.slots = view(slots, "slots");
-  c.d.k_cache = view(k_cache, "k_cache");
-  c.d.v_cache = view(v_cache, "v_cache");
+  c.d.v = c.at.view(v, "v");
+  c.d.slots = c.at.view(slots, "slots");
+  c.d.k_cache = c.at.view(k_cache, "k_cache");
+  c.d.v_cache = c.at.view(v_cache, "v_cache");
   c.run(q_out, k_out);
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastops, CPU, m) {
-  m.impl("apply_rope", TORCH_BOX(&apply_rope));
-  m.impl("apply_rope_out", TORCH_BOX(&apply_rope_out));
-  m.impl("qk_norm_rope", TORCH_BOX(&qk_norm_rope));
-  m.impl("qk_norm_rope_out", TORCH_BOX(&qk_norm_rope_out));
-}
+#define FASTOPS_OPS(X) X(apply_rope) X(apply_rope_out) X(qk_norm_rope) X(qk_norm_rope_out)
+FASTOPS_REGISTER(FASTOPS_OPS)
 
 }  // namespace fastops::binding

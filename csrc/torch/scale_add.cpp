@@ -4,25 +4,27 @@
 namespace fastops::binding {
 namespace {
 
-void run(const Tensor& x, const Tensor& y, double alpha, const Tensor& out) {
+constexpr Function<fastops_scale_add_desc> kScaleAdd{&fastops_scale_add};
+
+void run(const Place& at, const Tensor& x, const Tensor& y, double alpha, const Tensor& out) {
   fastops_scale_add_desc d{};
   d.struct_size = sizeof d;
   d.alpha = static_cast<float>(alpha);
-  d.x = view(x, "x");
-  d.y = view(y, "y");
-  d.out = view(out, "out");
-  call([&](fastops_env* env) { return fastops_scale_add(&d, env); },
-       [](fastops_env*, size_t*) { return FASTOPS_ERR_INTERNAL; });
+  d.x = at.view(x, "x");
+  d.y = at.view(y, "y");
+  d.out = at.view(out, "out");
+  at.call(kScaleAdd, d);
 }
 
 Tensor scale_add(Tensor x, Tensor y, double alpha) {
-  const fastops_tensor like = view(x, "x");
-  Tensor out = empty(like.size, like.ndim, scalar_type(x));
-  run(x, y, alpha, out);
+  const Place at(x);
+  const fastops_tensor like = at.view(x, "x");
+  Tensor out = at.empty(like.size, like.ndim, scalar_type(x));
+  run(at, x, y, alpha, out);
   return out;
 }
 
-void scale_add_out(Tensor x, Tensor y, double alpha, Tensor out) { run(x, y, alpha, out); }
+void scale_add_out(Tensor x, Tensor y, double alpha, Tensor out) { run(Place(x), x, y, alpha, out); }
 
 }  // namespace
 

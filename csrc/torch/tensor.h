@@ -1,5 +1,5 @@
-// torch tensors as C API views, outputs, threads and scratch: all that a binding needs
-// (docs/design/001-torch-binding.md).
+// torch tensors as C API views, outputs, threads and scratch, and the function a device's tensors go to: all that a
+// binding needs (docs/design/001-torch-binding.md).
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -12,6 +12,7 @@
 #include <string>
 
 #include "fastops/fastops.h"
+#include "torch/libraries.h"
 
 namespace fastops::binding {
 
@@ -52,50 +53,23 @@ inline int32_t dtype_of(const Tensor& t) {
   }
 }
 
-inline fastops_tensor view(const Tensor& t, const char* name) {
-  if (!t.is_cpu()) throw std::runtime_error(std::string("fastops.TypeError: ") + name + " is not on the CPU");
-  fastops_tensor r{};
-  const auto sizes = t.sizes();
-  const auto strides = t.strides();
-  if (sizes.size() > FASTOPS_MAX_DIMS)
-    throw std::runtime_error(std::string("fastops.ValueError: ") + name + " has " + std::to_string(sizes.size()) +
-                             " dimensions, at most 5 are known");
-  r.ndim = static_cast<int32_t>(sizes.size());
-  for (size_t i = 0; i < sizes.size(); ++i) {
-    r.size[i] = sizes[i];
-    r.stride[i] = strides[i];
-  }
-  r.data = const_cast<void*>(t.const_data_ptr());
-  r.dtype = dtype_of(t);
-  return r;
-}
-inline fastops_tensor view(const OptTensor& t, const char* name) { return t ? view(*t, name) : fastops_tensor{}; }
-
-inline Tensor empty(const int64_t* sizes, size_t dims, ScalarType dtype) {
-  int64_t strides[FASTOPS_MAX_DIMS], step = 1;
-  for (size_t i = dims; i-- > 0;) {
-    strides[i] = step;
-    step *= sizes[i] > 0 ? sizes[i] : 1;
-  }
-  AtenTensorHandle handle = nullptr;
-  check_shim(aoti_torch_empty_strided(static_cast<int64_t>(dims), sizes, strides, static_cast<int32_t>(dtype),
-                                      aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  return empty(sizes.begin(), sizes.size(), dtype);
-}
 inline ScalarType scalar_type(const Tensor& t) {
   int32_t dtype = 0;
   check_shim(aoti_torch_get_dtype(t.get(), &dtype));
   return static_cast<ScalarType>(dtype);
 }
 
+// What no kernel takes, though the call is right.
+struct Refusal : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
 [[noreturn]] inline void raise(fastops_status status, const char* message) {
   const char* kind = status == FASTOPS_ERR_VALUE         ? "fastops.ValueError: "
                      : status == FASTOPS_ERR_TYPE        ? "fastops.TypeError: "
                      : status == FASTOPS_ERR_UNSUPPORTED ? "fastops.NotSupportedError: "
                                                          : "fastops.InternalError: ";
+  if (status == FASTOPS_ERR_UNSUPPORTED) throw Refusal(std::string(kind) + message);
   throw std::runtime_error(std::string(kind) + message);
 }
 
@@ -143,32 +117,105 @@ inline Scratch& scratch() {
   return s;
 }
 
-// Runs a C API call; `need` (or nullptr) asks for its workspace when the kept one turns out too small.
-template <class Run, class Need>
-void call(Run&& run, Need&& need) {
-  char message[FASTOPS_MESSAGE_SIZE] = "";
-  uint32_t threads = 1;
-  check_shim(torch_get_num_threads(&threads));
-  fastops_env env{};
-  env.struct_size = sizeof env;
-  env.num_threads = static_cast<int32_t>(threads);
-  env.parallel_for = &torch_threads;
-  env.message = message;
-  env.workspace = scratch().data();
-  env.workspace_size = scratch().size();
-  fastops_status status = run(&env);
-  if (status == FASTOPS_ERR_WORKSPACE) {
-    size_t bytes = 0;
-    status = need(&env, &bytes);
-    if (status == FASTOPS_OK) {
-      scratch().reserve(bytes);
-      env.workspace = scratch().data();
-      env.workspace_size = scratch().size();
-      status = run(&env);
-    }
+// An operation of the C API: its function on the CPU, what asks for the workspace of that (or null), and on CUDA.
+template <class Desc>
+struct Function {
+  fastops_status (*run)(const Desc*, fastops_env*);
+  fastops_status (*workspace)(const Desc*, const fastops_env*, size_t*) = nullptr;
+  CudaFunction cuda = kNotOnCuda;
+};
+
+// Where a call's tensors live: all where the first one does.
+class Place {
+ public:
+  explicit Place(const Tensor& first) {
+    check_shim(aoti_torch_get_device_type(first.get(), &type_));
+    gpu_ = type_ != aoti_torch_device_type_cpu();
+    if (gpu_) check_shim(aoti_torch_get_device_index(first.get(), &index_));
   }
-  if (status != FASTOPS_OK) raise(status, message);
-  remember_variant(env.variant);
-}
+
+  fastops_tensor view(const Tensor& t, const char* name) const {
+    int32_t type = 0, index = 0;
+    check_shim(aoti_torch_get_device_type(t.get(), &type));
+    if (gpu_) check_shim(aoti_torch_get_device_index(t.get(), &index));
+    if (type != type_ || index != index_)
+      throw std::runtime_error(std::string("fastops.TypeError: ") + name +
+                               (gpu_ ? " is on another device" : " is not on the CPU"));
+    fastops_tensor r{};
+    const auto sizes = t.sizes();
+    const auto strides = t.strides();
+    if (sizes.size() > FASTOPS_MAX_DIMS)
+      throw std::runtime_error(std::string("fastops.ValueError: ") + name + " has " + std::to_string(sizes.size()) +
+                               " dimensions, at most 5 are known");
+    r.ndim = static_cast<int32_t>(sizes.size());
+    for (size_t i = 0; i < sizes.size(); ++i) {
+      r.size[i] = sizes[i];
+      r.stride[i] = strides[i];
+    }
+    r.data = const_cast<void*>(t.const_data_ptr());
+    r.dtype = dtype_of(t);
+    return r;
+  }
+  fastops_tensor view(const OptTensor& t, const char* name) const { return t ? view(*t, name) : fastops_tensor{}; }
+
+  Tensor empty(const int64_t* sizes, size_t dims, ScalarType dtype) const {
+    int64_t strides[FASTOPS_MAX_DIMS], step = 1;
+    for (size_t i = dims; i-- > 0;) {
+      strides[i] = step;
+      step *= sizes[i] > 0 ? sizes[i] : 1;
+    }
+    AtenTensorHandle handle = nullptr;
+    check_shim(aoti_torch_empty_strided(static_cast<int64_t>(dims), sizes, strides, static_cast<int32_t>(dtype), type_,
+                                        index_, &handle));
+    return Tensor(handle);
+  }
+  Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) const {
+    return empty(sizes.begin(), sizes.size(), dtype);
+  }
+
+  // Whether the CUDA kernels take the call: on a GPU, or emulated.
+  bool cuda() const { return gpu_ || (mode() & kEmulate) != 0; }
+
+  template <class Desc>
+  void call(const Function<Desc>& f, const Desc& d) const {
+    if (gpu_ || (f.cuda != kNotOnCuda && cuda()))
+      on_cuda(f.cuda, &d);
+    else
+      on_cpu(f, d);
+  }
+
+ private:
+  template <class Desc>
+  static void on_cpu(const Function<Desc>& f, const Desc& d) {
+    char message[FASTOPS_MESSAGE_SIZE] = "";
+    uint32_t threads = 1;
+    check_shim(torch_get_num_threads(&threads));
+    fastops_env env{};
+    env.struct_size = sizeof env;
+    env.num_threads = static_cast<int32_t>(threads);
+    env.parallel_for = &torch_threads;
+    env.message = message;
+    env.workspace = scratch().data();
+    env.workspace_size = scratch().size();
+    fastops_status status = f.run(&d, &env);
+    if (status == FASTOPS_ERR_WORKSPACE && f.workspace != nullptr) {  // the kept one turned out too small
+      size_t bytes = 0;
+      status = f.workspace(&d, &env, &bytes);
+      if (status == FASTOPS_OK) {
+        scratch().reserve(bytes);
+        env.workspace = scratch().data();
+        env.workspace_size = scratch().size();
+        status = f.run(&d, &env);
+      }
+    }
+    if (status != FASTOPS_OK) raise(status, message);
+    remember_variant(env.variant);
+  }
+
+  void on_cuda(CudaFunction function, const void* desc) const;
+
+  int32_t type_ = 0, index_ = 0;
+  bool gpu_ = false;
+};
 
 }  // namespace fastops::binding

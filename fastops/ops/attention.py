@@ -170,7 +170,7 @@ operator = Operator(
     "attention",
     [
         _CPP,
-        *_cuda.rows("attention", run_cpp, _cuda.emulated("attention"), _cuda.why_not_attention),
+        *_cuda.rows(run_cpp, _cuda.why_not_attention),
         Implementation("reference", reference, common.always, 0, source="fastops/ops/_common.py"),
     ],
     validate,
@@ -319,4 +319,3 @@ def _elsewhere_backward(
 
 
 _ops.implement_elsewhere("attention_backward", _elsewhere_backward)
-_cuda.implement_attention("attention")

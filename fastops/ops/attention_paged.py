@@ -169,7 +169,7 @@ operator = Operator(
     "attention_paged",
     [
         Implementation("cpp", run_cpp, common.cpp_why_not, 10, source="docs/design/003-cpu-attention.md"),
-        *_cuda.rows("attention_paged", run_cpp, _cuda.emulated("attention_paged"), _cuda.why_not_attention),
+        *_cuda.rows(run_cpp, _cuda.why_not_attention),
         Implementation("reference", reference, common.always, 0, source="fastops/ops/attention_paged.py"),
     ],
     validate,
@@ -264,4 +264,3 @@ def _elsewhere_out(*args: Any, out: Tensor, lse: Tensor | None = None, **options
 
 _ops.implement_elsewhere("attention_paged", _elsewhere)
 _ops.implement_elsewhere("attention_paged_out", _elsewhere_out)
-_cuda.implement_attention("attention_paged")

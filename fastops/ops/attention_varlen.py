@@ -159,7 +159,7 @@ operator = Operator(
     "attention_varlen",
     [
         Implementation("cpp", run_cpp, common.cpp_why_not, 10, source="docs/design/003-cpu-attention.md"),
-        *_cuda.rows("attention_varlen", run_cpp, _cuda.emulated("attention_varlen"), _cuda.why_not_attention),
+        *_cuda.rows(run_cpp, _cuda.why_not_attention),
         Implementation("reference", reference, common.always, 0, source="fastops/ops/attention_varlen.py"),
     ],
     validate,
@@ -263,4 +263,3 @@ def _elsewhere_backward(
 
 
 _ops.implement_elsewhere("attention_varlen_backward", _elsewhere_backward)
-_cuda.implement_attention("attention_varlen")

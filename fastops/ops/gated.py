@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastops import _cuda_fused, _ops
+from fastops import _cuda, _ops
 from fastops.dispatch.record import Call, Implementation
 from fastops.dispatch.select import Operator
 from fastops.ops import _common as common
@@ -146,7 +146,7 @@ def _operator(op: str, cpp: Any, plain: Any, validate: Any) -> Operator:
 
     rows = [
         Implementation("cpp", cpp, common.cpp_why_not, 10, source="csrc/cpu/gated"),
-        *_cuda_fused.rows(op, cpp),
+        *_cuda.rows(cpp),
         Implementation("reference", plain, common.always, 0, source="fastops/ops/gated.py"),
     ]
     return Operator(op, rows, validate, describe)

@@ -113,27 +113,11 @@ class Int4Linear(torch.autograd.Function):
         return (grad.float() @ ctx.weight.dequantize()).to(ctx.dtype), None, None, None
 
 
-def run_emulated(
-    x: Tensor, weight: Int4Weight, bias: Tensor | None = None, *, activations: str = "float", out: Tensor | None = None
-) -> Tensor:
-    """The CUDA kernel, every thread run on the CPU."""
-    n, k = weight.shape
-    packed, rows = weight.packed(), common.dense_rows(x.reshape(-1, k))
-    result = (
-        _cuda.library(True)
-        .int4_linear(
-            rows, packed.codes, packed.scales, n, bias=common.to_f32(bias), int8=activations == "int8", **packed.rest
-        )
-        .view(*x.shape[:-1], n)
-    )
-    return result if out is None else out.copy_(result)
-
-
 operator = Operator(
     NAME,
     [
         Implementation("cpp", run_cpp, common.cpp_why_not, 10, source="docs/design/004-int4-linear.md"),
-        *_cuda.rows(NAME, run_cpp, run_emulated),
+        *_cuda.rows(run_cpp),
         Implementation("reference", reference, common.always, 0, source="fastops/ops/int4_linear.py"),
     ],
     validate,
@@ -262,13 +246,3 @@ _ops.implement_elsewhere("int4_pack", _pack_elsewhere)
 _ops.implement_elsewhere("int4_pack24", _pack24_elsewhere)
 _ops.implement_elsewhere("int4_linear", _elsewhere)
 _ops.implement_elsewhere("int4_linear_out", _elsewhere_out)
-
-
-def _cuda_out(
-    lib: _cuda.Library, x: Tensor, codes: Tensor, scales: Tensor, *rest: Any, out: Tensor, **options: Any
-) -> Tensor:
-    return lib.int4_linear(x, codes, scales, out.shape[1], *rest, out=out, **options)
-
-
-_cuda.implement("int4_linear", _cuda.Library.int4_linear)
-_cuda.implement("int4_linear_out", _cuda_out)

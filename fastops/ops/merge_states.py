@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastops import _cuda_fused, _ops
+from fastops import _cuda, _ops
 from fastops.dispatch.record import Call, Implementation
 from fastops.dispatch.select import Operator
 from fastops.ops import _common as common
@@ -75,7 +75,7 @@ operator = Operator(
     "merge_states",
     [
         Implementation("cpp", run_cpp, common.cpp_why_not, 10, source="csrc/cpu/attention/merge.h"),
-        *_cuda_fused.rows("merge_states", run_cpp),
+        *_cuda.rows(run_cpp),
         Implementation("reference", reference, common.always, 0, source="fastops/ops/merge_states.py"),
     ],
     validate,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastops import _cuda_fused, _ops
+from fastops import _cuda, _ops
 from fastops.dispatch.record import Call, Implementation
 from fastops.dispatch.select import Operator
 from fastops.ops import _common as common
@@ -25,7 +25,7 @@ def reference_norm(
     residual: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    eps: float,
+    eps: float = 1e-6,
     *,
     weight_offset: float = 0.0,
     layer: bool = False,
@@ -205,7 +205,7 @@ def _describe(x: Tensor, *args: Any, **kwargs: Any) -> Call:
 def _operator(op: str, cpp: Any, reference: Any, validate: Any) -> Operator:
     rows = [
         Implementation("cpp", cpp, common.cpp_why_not, 10, source="csrc/cpu/norm"),
-        *_cuda_fused.rows(op, cpp),
+        *_cuda.rows(cpp),
         Implementation("reference", reference, common.always, 0, source="fastops/ops/norm.py"),
     ]
     return Operator(op, rows, validate, _describe)

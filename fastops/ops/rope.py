@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastops import _cuda_fused, _ops
+from fastops import _cuda, _ops
 from fastops.dispatch.record import Call, Implementation
 from fastops.dispatch.select import Operator
 from fastops.ops import _common as common
@@ -302,7 +302,7 @@ _rope = Operator(
     "apply_rope",
     [
         Implementation("cpp", _rope_cpp, common.cpp_why_not, 10, source="csrc/cpu/rope"),
-        *_cuda_fused.rows("apply_rope", _rope_cpp),
+        *_cuda.rows(_rope_cpp),
         Implementation("reference", _rope_reference, common.always, 0, source="fastops/ops/rope.py"),
     ],
     _rope_validate,
@@ -312,7 +312,7 @@ _qk = Operator(
     "qk_norm_rope",
     [
         Implementation("cpp", _qk_cpp, common.cpp_why_not, 10, source="csrc/cpu/rope"),
-        *_cuda_fused.rows("qk_norm_rope", _qk_cpp),
+        *_cuda.rows(_qk_cpp),
         Implementation("reference", _qk_reference, common.always, 0, source="fastops/ops/rope.py"),
     ],
     _qk_validate,

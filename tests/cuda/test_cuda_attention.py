@@ -15,9 +15,10 @@ from fastops.ops._common import attend
 from fastops.ops.attention_paged import attend as attend_paged
 from fastops.ops.attention_varlen import attend as attend_varlen
 from fastops.testing import assert_matches, guarded
+from tests.cuda.capi import variant
 
 DTYPES = [torch.float16, torch.bfloat16]
-GPU = torch.cuda.is_available() and not _cuda.library(False).missing
+GPU = torch.cuda.is_available() and not _cuda.GPUS.missing
 PROVIDERS = [
     "cuda-emulated",
     pytest.param("cuda", marks=pytest.mark.skipif(not GPU, reason="no GPU, or no CUDA build")),
@@ -130,7 +131,7 @@ def hopper():
     os.environ["FASTOPS_EMULATOR_ARCH"] = "90"
     try:
         yield
-        assert _cuda.library(True).variant == "sm90a"
+        assert variant() == "sm90a"
     finally:
         del os.environ["FASTOPS_EMULATOR_ARCH"]
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import fastops
-from fastops import _cuda
 from fastops.testing import assert_matches, guarded
+from tests.cuda import capi
+from tests.cuda.capi import op
 from tests.cuda.test_cuda_attention import DTYPES, OPTIONS, PROVIDERS, seed
 
 
@@ -71,10 +72,9 @@ def test_varlen(provider, dtype):
     assert not got[2][140:].any()
 
 
-def call(q, k, v, dout, out=None, **options):
-    lib = _cuda.library(True)
-    value, lse = lib.attention(q, k, v, return_lse=True, **options)
-    return lib.attention_backward(dout, None, value if out is None else out.copy_(value), lse, q, k, v, **options)
+def call(q, k, v, dout, **options):
+    out, lse = op("attention", q, k, v, return_lse=True, **options)
+    return op("attention_backward", dout, None, out, lse, q, k, v, **options)
 
 
 def test_every_order_of_warps_gives_the_same_bits():
@@ -89,24 +89,25 @@ def test_every_order_of_warps_gives_the_same_bits():
 
 @pytest.mark.parametrize("end", [True, False])
 @pytest.mark.parametrize("d", [8, 72, 136])
-def test_guard_pages(end, d, monkeypatch):
+def test_guard_pages(end, d):
     """Every tensor, gradients too, between unreadable pages."""
-    real = torch.empty_like
-    monkeypatch.setattr(torch, "empty_like", lambda t, **o: guarded(real(t, **o), end))
     for sq, sk in ((1, 37), (70, 65)):
         q, k, v = (guarded(torch.randn(1, s, 2, d).half(), end) for s in (sq, sk, sk))
         dout, out = (guarded(torch.zeros(1, sq, 2, d).half(), end) for _ in range(2))
-        call(q, k, v, dout, out, causal=True, sinks=guarded(torch.zeros(2), end))
+        lse, sinks, dsinks = (guarded(t, end) for t in (torch.zeros(1, 2, sq), torch.zeros(2), torch.zeros(2)))
+        dq, dk, dv = (guarded(torch.empty_like(t), end) for t in (q, k, v))
+        forward = capi.attention(q, window_right=0)
+        capi.run("attention_fwd", forward, True, q=q, k=k, v=v, out=out, lse=lse, sinks=sinks)
+        backward = capi.AttentionBackward(fwd=forward)
+        capi.run("attention_bwd", backward, True, dout=dout, dq=dq, dk=dk, dv=dv, dsinks=dsinks)
 
 
 def test_indices_outside_their_tensors_give_nan():
     q, k = torch.randn(10, 2, 64).half(), torch.randn(20, 2, 64).half()
     cu_q, cu_k = torch.tensor([0, 4, 10]).int(), torch.tensor([0, 9, 20]).int()
-    out, lse = _cuda.library(True).attention(q, k, k, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, return_lse=True)
+    out, lse = op("attention_varlen", q, k, k, cu_q, cu_k, return_lse=True)
     cu_k[1] = 99
-    dq, dk, _, _ = _cuda.library(True).attention_backward(
-        torch.ones_like(q), None, out, lse, q, k, k, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k
-    )
+    dq, dk, _, _ = op("attention_varlen_backward", torch.ones_like(q), None, out, lse, q, k, k, cu_q, cu_k)
     assert bool(torch.isnan(dq).all())
     assert dk.shape == k.shape
 
@@ -119,4 +120,4 @@ def test_refusals():
     with pytest.raises(TypeError):
         call(q, k.half(), k.half(), torch.ones(1, 5, 4, 64))
     with pytest.raises(fastops.NotSupportedError, match="float32"):
-        _cuda.library(True).attention_backward(q.float(), None, q.float(), torch.zeros(1, 4, 5), q.float(), k, k)
+        op("attention_backward", q.float(), None, q.float(), torch.zeros(1, 4, 5), q.float(), k, k)

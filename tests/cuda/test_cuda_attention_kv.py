@@ -1,13 +1,16 @@
 """attention_paged on quantised caches by the CUDA kernel, emulated (and on a GPU where there is one)."""
 
+import ctypes
 import dataclasses
 
 import pytest
 import torch
 
 import fastops
-from fastops import _cuda, kv
+from fastops import kv
 from fastops.testing import assert_matches, guarded
+from tests.cuda import capi
+from tests.cuda.capi import op
 from tests.cuda.test_cuda_attention import DTYPES, PROVIDERS
 from tests.ops.test_attention_kv import exact, filled, same
 
@@ -63,14 +66,20 @@ def test_shapes(run, name, d, dv, page):
 @pytest.mark.parametrize("name", ["int8", "kv4", "kivi2"])
 def test_guard_pages_and_bad_indices(name, end):
     cache, table, have = filled(name, [70, 45], dtype=torch.float16)
-    lib, q = _cuda.library(True), guarded(torch.randn(2, 4, 64).half(), end)
+    q = guarded(torch.randn(2, 4, 64).half(), end)
 
     def call(table, **changed):
         tensors = {f.name: getattr(cache.quant, f.name) for f in dataclasses.fields(cache.quant)} | changed
         tensors = {n: guarded(t, end) if isinstance(t, torch.Tensor) else t for n, t in tensors.items()}
-        return lib.attention(
-            q, guarded(cache.k, end), guarded(cache.v, end), block_table=guarded(table, end), seq_lens=guarded(have, end), **tensors
-        )[0]  # fmt: skip
+        kv, out = (
+            capi.KVQuant(k_bits=tensors.pop("k_bits"), v_bits=tensors.pop("v_bits")),
+            guarded(torch.zeros_like(q), end),
+        )
+        kv.struct_size = ctypes.sizeof(kv)
+        desc = capi.attention(q, kv=ctypes.addressof(capi.fill(kv, **tensors)))
+        capi.run("attention_fwd", desc, True, q=q, k=guarded(cache.k, end), v=guarded(cache.v, end), out=out,
+                 block_table=guarded(table, end), seq_lens=guarded(have, end))  # fmt: skip
+        return out
 
     good = call(table)
     broken = table.clone()
@@ -89,6 +98,6 @@ def test_guard_pages_and_bad_indices(name, end):
 
 def test_scales_of_a_plain_cache_are_refused():
     q, cache = torch.randn(1, 2, 64).half(), torch.randn(2, 16, 2, 64).half()
-    index = {"block_table": torch.zeros(1, 1, dtype=torch.int32), "seq_lens": torch.ones(1, dtype=torch.int32)}
+    index = torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
     with pytest.raises(ValueError, match="k_scale is given, but k has q's dtype"):
-        _cuda.library(True).attention(q, cache, cache, **index, k_scale=torch.ones(1))
+        op("attention_paged", q, cache, cache, *index, k_scale=torch.ones(1))

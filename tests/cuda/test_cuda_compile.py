@@ -60,7 +60,7 @@ def test_the_library_needs_no_gpu_to_load(tmp_path):
 
     if torch.cuda.is_available():
         return
-    from fastops._cuda_structs import Attention, Env
+    from tests.cuda.capi import Attention, Env
 
     message = ctypes.create_string_buffer(512)
     env = Env(struct_size=ctypes.sizeof(Env), message=ctypes.cast(message, ctypes.c_char_p))

@@ -1,12 +1,13 @@
 """The path without nvcc: which kernels the host code asks for, and that NVRTC compiles them, on a machine without a GPU."""
 
-import ctypes
+from contextlib import contextmanager
 
 import pytest
 import torch
 
 import fastops
 from fastops import _cuda, _nvrtc, int4
+from tests.cuda.capi import op
 from tests.ops.test_attention_kv import filled
 
 needs_nvrtc = pytest.mark.skipif(_nvrtc.why_not() is not None, reason=_nvrtc.why_not() or "")
@@ -15,49 +16,53 @@ needs_nvrtc = pytest.mark.skipif(_nvrtc.why_not() is not None, reason=_nvrtc.why
 class Recorder(_nvrtc.Launcher):
     """Notes what would be started."""
 
-    def __init__(self):
+    def __init__(self, arch):
         super().__init__()
-        self.started = []
+        self.arch, self.started = arch, []
+
+    def facts(self, device):
+        return self.arch, 4
 
     def launch(self, kernel, grid, args, stream):
         assert args
         self.started.append((kernel, *grid))
 
-
-class Recording(_cuda.NvrtcLibrary):
-    def __init__(self, arch=80):
-        super().__init__(Recorder())
-        self.arch = arch
-
-    def prepare(self, env, device):
-        env.arch, env.sm_count, env.stream = self.arch, 4, 77
-        env.start = ctypes.cast(self.launcher.hook, ctypes.c_void_p)
-
     def names(self):
-        return [kernel for kernel, *_ in self.launcher.started]
+        return [kernel for kernel, *_ in self.started]
 
 
-def calls(lib):
-    """Every entry of the library, in a few forms."""
+@contextmanager
+def recording(arch=80):
+    """The emulator's calls are planned and go to a recorder."""
+    recorder = Recorder(arch)
+    assert _cuda.load("fastops_emulated", False, recorder) is None
+    try:
+        yield recorder
+    finally:
+        assert _cuda.load("fastops_emulated", False) is None
+
+
+def calls():
+    """Every operator, in a few forms."""
     half, rows = torch.randn(1, 70, 2, 64).half(), torch.randn(3, 64).half()
-    out, lse = lib.attention(half, half, half, causal=True, return_lse=True)
-    lib.attention(half[:, :1], *(torch.randn(1, 3000, 2, 64).half() for _ in range(2)))
+    out, lse = op("attention", half, half, half, causal=True, return_lse=True)
+    op("attention", half[:, :1], *(torch.randn(1, 3000, 2, 64).half() for _ in range(2)))
     wide = torch.randn(1, 9, 2, 128).bfloat16()
-    lib.attention(wide, wide, wide)
+    op("attention", wide, wide, wide)
     cache, table, have = filled("kv4", [40], dtype=torch.float16)
-    lib.attention(half[0, :1], cache.k, cache.v, block_table=table, seq_lens=have, k_scale=cache.quant.k_scale, k_zero=cache.quant.k_zero,
-                  v_scale=cache.quant.v_scale, v_zero=cache.quant.v_zero, k_bits=4, v_bits=4)  # fmt: skip
-    lib.attention_backward(half, None, out, lse, half, half, half, causal=True, sinks=torch.zeros(2))
+    op("attention_paged", half[0, :1], cache.k, cache.v, table, have, k_scale=cache.quant.k_scale, k_zero=cache.quant.k_zero,
+       v_scale=cache.quant.v_scale, v_zero=cache.quant.v_zero, k_bits=4, v_bits=4)  # fmt: skip
+    op("attention_backward", half, None, out, lse, half, half, half, causal=True, sinks=torch.zeros(2))
     packed = int4.quantize(torch.randn(48, 64), 64).packed()
-    lib.int4_linear(rows, packed.codes, packed.scales, 48)
-    lib.int4_linear(rows, packed.codes, packed.scales, 48, int8=True)
-    lib.int4_linear(torch.randn(70, 64).half(), packed.codes, packed.scales, 48, packed.scales)
-    lib.norm(rows, None, rows[0], None)
-    lib.norm_backward(rows, None, rows, rows[0], torch.ones(3), torch.ones(3))
-    lib.gated(rows, rows, 0)
-    lib.gated_backward(rows, rows, rows, 0)
-    lib.rope(half[0], half[0], torch.ones(70, 32), torch.ones(70, 32))
-    lib.merge_states([half, half], [torch.zeros(1, 2, 70)] * 2)
+    op("int4_linear", rows, packed.codes, packed.scales, 48)
+    op("int4_linear", rows, packed.codes, packed.scales, 48, int8=True)
+    op("int4_linear", torch.randn(70, 64).half(), packed.codes, packed.scales, 48, packed.scales)
+    op("rms_norm", rows, rows[0])
+    op("norm_backward", rows, None, rows, rows[0], torch.ones(3), torch.ones(3))
+    op("swiglu", rows, rows)
+    op("gated_backward", rows, rows, rows, 0)
+    op("apply_rope", half[0], half[0], torch.ones(70, 32), torch.ones(70, 32))
+    op("merge_states", [half, half], [torch.zeros(1, 2, 70)] * 2)
 
 
 def plain(name):
@@ -65,9 +70,9 @@ def plain(name):
 
 
 def test_the_host_code_names_every_kernel():
-    lib = Recording()
-    calls(lib)
-    names = lib.names()
+    with recording() as recorder:
+        calls()
+    names = recorder.names()
     for kernel in (
         "attention_sm80<fastops::f16, 64, DenseKeys<fastops::f16>>", "attention_merge<fastops::f16>",
         "attention_sm80<fastops::bf16, 128, DenseKeys<fastops::bf16>>", "attention_bwd_sinks", "norm_rows<fastops::f16, 8>",
@@ -75,25 +80,26 @@ def test_the_host_code_names_every_kernel():
         assert any(plain(n) == kernel for n in names), (kernel, names)
     for name in names:
         assert _nvrtc.source_of(name).startswith("cuda/")
-    assert lib.launcher.started[0][1:] == ((2, 2, 1), 1, 128, 64 * 64 * 2 * 3 + 16)
+    assert recorder.started[0][1:] == ((2, 2, 1), 1, 128, 64 * 64 * 2 * 3 + 16)
 
 
 def test_errors_come_back():
-    lib = Recording()
-    lib.launcher.launch = lambda *a: (_ for _ in ()).throw(RuntimeError("no such symbol"))
-    with pytest.raises(RuntimeError, match="no such symbol"):
-        lib.gated(torch.ones(2, 8), torch.ones(2, 8), 0)
-    with pytest.raises(fastops.NotSupportedError, match="float32"):
-        lib.attention(*(torch.ones(1, 2, 2, 64),) * 3)
+    with recording() as recorder:
+        recorder.launch = lambda *a: (_ for _ in ()).throw(RuntimeError("no such symbol"))
+        with pytest.raises(fastops.NotSupportedError, match="did not start"):
+            op("swiglu", torch.ones(2, 8), torch.ones(2, 8))
+        assert str(recorder.error) == "no such symbol"
+        with pytest.raises(fastops.NotSupportedError, match="float32"):
+            op("attention", *(torch.ones(1, 2, 2, 64),) * 3)
 
 
 @needs_nvrtc
 @pytest.mark.parametrize("arch", [80, 90])
 def test_nvrtc_compiles_what_the_host_code_asks_for(arch, tmp_path, monkeypatch):
     monkeypatch.setenv("FASTOPS_CUDA_CACHE", str(tmp_path))
-    lib = Recording(arch)
-    calls(lib)
-    names = sorted(set(lib.names()))
+    with recording(arch) as recorder:
+        calls()
+    names = sorted(set(recorder.names()))
     assert any("attention_sm90" in n for n in names) == (arch == 90)
     if arch == 90:  # without a driver there is no tensor map, and the other kernel is asked for
         names.append("fastops::cuda::int4_gemm_sm90<fastops::f16, true, 2>")

@@ -6,6 +6,8 @@ import torch
 import fastops
 from fastops.ops.rope import _qk_reference, _rope_reference
 from fastops.testing import assert_matches, guarded
+from tests.cuda import capi
+from tests.cuda.capi import op
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 FORCE = {"apply_rope": "cuda-emulated", "qk_norm_rope": "cuda-emulated"}
@@ -68,30 +70,25 @@ def test_qk_norm_rope_with_positions_into_a_cache(dtype, d):
 
 
 def test_inverse_undoes_and_positions_outside_give_nan():
-    from fastops._cuda import library
-
     q, cos_sin = torch.randn(4, 2, 64), torch.randn(4, 32)
     cos, sin = cos_sin.cos(), cos_sin.sin()
-    turned, _ = library(True).rope(q, None, cos, sin)
-    back, _ = library(True).rope(turned, None, cos, sin, inverse=True)
+    turned, _ = op("apply_rope", q, None, cos, sin)
+    back, _ = op("apply_rope", turned, None, cos, sin, inverse=True)
     torch.testing.assert_close(back, q)
-    bad, _ = library(True).rope(q, None, cos, sin, positions=torch.tensor([0, 99, -1, 3]))
+    bad, _ = op("apply_rope", q, None, cos, sin, positions=torch.tensor([0, 99, -1, 3]))
     assert bool(torch.isnan(bad[1:3]).all())
     assert bool(torch.isfinite(bad[[0, 3]]).all())
     cache = guarded(torch.zeros(1, 4, 2, 64), True)  # a slot behind the cache goes nowhere
-    library(True).rope(q, q, cos, sin, slots=torch.tensor([0, 4, 1 << 40, -5]), k_cache=cache)
+    capi.run("rope", capi.Rope(eps=1e-6), q=q, q_out=torch.empty_like(q), k=q, cos=cos, sin=sin, k_cache=cache,
+             slots=torch.tensor([0, 4, 1 << 40, -5]))  # fmt: skip
     assert bool((cache[0, 1:] == 0).all())
 
 
 @pytest.mark.parametrize("end", [True, False])
 def test_guard_pages(end):
-    from fastops._cuda import library
-
     for d in (64, 36):
         q, k, v = (guarded(torch.randn(3, h, d).half(), end) for h in (3, 2, 2))
         cos, sin, w = (guarded(t.half(), end) for t in (torch.randn(3, d // 2), torch.randn(3, d // 2), torch.randn(d)))
         caches = [guarded(torch.zeros(2, 2, 2, d).half(), end) for _ in range(2)]
-        library(True).rope(
-            q, k, cos, sin, q_weight=w, k_weight=w, v=v, slots=guarded(torch.tensor([3, 0, -1]), end),
-            k_cache=caches[0], v_cache=caches[1], q_out=guarded(torch.empty_like(q), end),
-        )  # fmt: skip
+        capi.run("rope", capi.Rope(eps=1e-6), q=q, k=k, cos=cos, sin=sin, q_weight=w, k_weight=w, v=v, k_cache=caches[0],
+                 v_cache=caches[1], slots=guarded(torch.tensor([3, 0, -1]), end), q_out=guarded(torch.empty_like(q), end))  # fmt: skip

@@ -1,17 +1,21 @@
-"""The descriptors of csrc/include/fastops/ as ctypes structures."""
+"""The CUDA half of the C API from outside, by ctypes: every tensor of a call can be placed, results and gradients too
+(between guard pages), and torch's operators run emulated."""
 
 from __future__ import annotations
 
 import ctypes
-import math
+import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastops import _cuda, _ops
+from fastops.errors import translate
+
 MAX_DIMS = 5
 MESSAGE = 512
-OK, VALUE, TYPE, UNSUPPORTED, INTERNAL, WORKSPACE = range(6)
+UNSUPPORTED = 3
 DTYPES = {
     torch.float32: 1, torch.float16: 2, torch.bfloat16: 3, torch.int32: 4, torch.int64: 5, torch.bool: 6,
     torch.float64: 7, torch.uint8: 8, torch.int8: 9, torch.float8_e4m3fn: 10,
@@ -90,13 +94,6 @@ class Gated(ctypes.Structure):
     )  # fmt: skip
 
 
-class MergeStates(ctypes.Structure):
-    _fields_ = (
-        ("struct_size", ctypes.c_uint32), ("count", ctypes.c_int32), ("outs", ctypes.POINTER(TensorView)),
-        ("lses", ctypes.POINTER(TensorView)), ("out", TensorView), ("lse", TensorView),
-    )  # fmt: skip
-
-
 class Rope(ctypes.Structure):
     _fields_ = (
         ("struct_size", ctypes.c_uint32), ("interleaved", ctypes.c_int32), ("inverse", ctypes.c_int32),
@@ -114,15 +111,10 @@ class Int4Linear(ctypes.Structure):
     )  # fmt: skip
 
 
-def describe_attention(
-    q: Tensor, causal: bool, scale: float | None, left: int, right: int, softcap: float, top_left: bool
-) -> Attention:
-    """The numbers of an attention call."""
-    return Attention(
-        struct_size=ctypes.sizeof(Attention), align=int(top_left), softcap=softcap, window_left=left,
-        window_right=0 if causal else right,
-        scale=1.0 / math.sqrt(max(q.shape[-1], 1)) if scale is None else scale,
-    )  # fmt: skip
+def attention(q: Tensor, **numbers: Any) -> Attention:
+    """A descriptor without its tensors."""
+    numbers = {"scale": q.shape[-1] ** -0.5, "window_left": -1, "window_right": -1} | numbers
+    return Attention(struct_size=ctypes.sizeof(Attention), **numbers)
 
 
 def fill(desc: Any, **tensors: Tensor | None) -> Any:
@@ -141,3 +133,35 @@ def view(t: Tensor | None) -> TensorView:
     for i, (n, s) in enumerate(zip(t.shape, t.stride(), strict=True)):
         r.size[i], r.stride[i] = n, s
     return r
+
+
+def run(name: str, desc: ctypes.Structure, workspace: bool = False, **tensors: Tensor | None) -> None:
+    """fastops_cuda_<name> of the emulated library. A workspace of exactly the bytes asked for."""
+    lib = ctypes.CDLL(str(_ops.FOLDER / "libfastops_emulated.so"))
+    message = ctypes.create_string_buffer(MESSAGE)
+    env = Env(struct_size=ctypes.sizeof(Env), message=ctypes.cast(message, ctypes.c_char_p),
+              arch=int(os.environ.get("FASTOPS_EMULATOR_ARCH", "80")))  # fmt: skip
+    desc.struct_size = ctypes.sizeof(desc)
+    fill(desc, **tensors)
+    if workspace:
+        need = ctypes.c_size_t()
+        ask = getattr(lib, f"fastops_cuda_{name.removesuffix('_fwd')}_workspace")
+        assert ask(ctypes.byref(desc), ctypes.byref(env), ctypes.byref(need)) == 0, message.value
+        scratch = torch.empty(need.value, dtype=torch.uint8)
+        env.workspace, env.workspace_size = scratch.data_ptr(), need.value
+    status = getattr(lib, f"fastops_cuda_{name}")(ctypes.byref(desc), ctypes.byref(env))
+    assert status == 0, message.value
+
+
+def op(name: str, *args: Any, **options: Any) -> Any:
+    """torch.ops.fastops.<name> on CPU tensors, emulated; what it refuses as the exception that callers see."""
+    try:
+        with _cuda.emulated():
+            return getattr(torch.ops.fastops, name)(*args, **options)
+    except RuntimeError as error:
+        raise translate(error) from None
+
+
+def variant() -> str:
+    """The kernel that ran last."""
+    return _ops.control.last_variant()
