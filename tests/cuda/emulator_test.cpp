@@ -1,6 +1,7 @@
 // The emulator: each instruction against layouts written out by hand from the PTX ISA, and each kind of wrong program
 // seen.
 //   emulator_test NAME      prints nothing and returns 0, or says what is wrong
+#include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <functional>
@@ -11,6 +12,7 @@
 
 #include "cuda/arch/arch.h"
 #include "cuda/launch.h"
+#include "cuda/layout/numbers.h"
 #include "cuda/layout/tile.h"
 #include "cuda/tensor_map.h"
 
@@ -327,13 +329,32 @@ void test_swizzle() {
 
 }  // namespace
 
+// 2^x by a polynomial: within its bound where softmax needs it, 0 for what is masked, and a NaN stays one.
+void test_polynomial() {
+  double worst = 0.0;
+  for (float x = -126.0f; x <= 9.0f; x += 0.00037f) {
+    const double error = std::fabs(ex2_polynomial(x) / std::exp2(static_cast<double>(x)) - 1.0);
+    if (error > worst) worst = error;
+  }
+  EXPECT(worst < 4e-6, "relative error %g", worst);
+  for (float x : {-127.0f, -500.0f, -1e30f, -infinity()})
+    EXPECT(ex2_polynomial(x) == 0.0f, "2^%g is %g", x, ex2_polynomial(x));
+  for (float x : {-126.6f, -126.4f, -126.0f})
+    EXPECT(ex2_polynomial(x) >= 0.0f && ex2_polynomial(x) < 2e-38f, "2^%g is %g", x, ex2_polynomial(x));
+  const float bad = ex2_polynomial(not_a_number());
+  EXPECT(bad != bad, "of a NaN it is %g", bad);
+}
+
 int main(int argc, char** argv) {
   const std::map<std::string, std::function<void()>> tests = {
-      {"stmatrix", test_stmatrix}, {"ldmatrix", test_ldmatrix},   {"mma", test_mma},
-      {"shuffle", test_shuffle},   {"cp_async", test_cp_async},   {"wrong", test_wrong_programs},
-      {"races", test_races_show},  {"mma_bytes", test_mma_bytes}, {"swizzle", test_swizzle},
-      {"tma", test_tma},           {"wgmma", test_wgmma},         {"fence", test_fence},
-      {"named", test_named},       {"columns64", test_columns64}, {"cluster", test_cluster},
+      {"stmatrix", test_stmatrix}, {"ldmatrix", test_ldmatrix},
+      {"mma", test_mma},           {"shuffle", test_shuffle},
+      {"cp_async", test_cp_async}, {"wrong", test_wrong_programs},
+      {"races", test_races_show},  {"mma_bytes", test_mma_bytes},
+      {"swizzle", test_swizzle},   {"tma", test_tma},
+      {"wgmma", test_wgmma},       {"fence", test_fence},
+      {"named", test_named},       {"columns64", test_columns64},
+      {"cluster", test_cluster},   {"polynomial", test_polynomial},
   };
   if (argc < 2) {
     for (const auto& t : tests) std::printf("%s\n", t.first.c_str());

@@ -20,22 +20,6 @@ struct Run {
   const uint32_t* in;  // 4096 words
   uint32_t* out;       // 8192 words
 };
-FASTOPS_DEVICE uint32_t bits_of(float x) {
-  union {
-    float f;
-    uint32_t u;
-  } y;
-  y.f = x;
-  return y.u;
-}
-FASTOPS_DEVICE float float_of(uint32_t x) {
-  union {
-    uint32_t u;
-    float f;
-  } y;
-  y.u = x;
-  return y.f;
-}
 // Whole numbers from -8 to 7, whose products and sums are exact; and numbers with all their bits, around 1.
 template <class T>
 FASTOPS_DEVICE uint32_t whole_pair(uint32_t random) {
@@ -64,26 +48,26 @@ pairs(const Run a) {  // fma on two halves, rounding two numbers, and one, and b
     const uint32_t *x = a.in + 24 * l + 3 * i, y = real_pair<T>(x[2]);
     uint32_t* to = a.out + 32 * l + 4 * i;
     to[0] = fma2<T>(real_pair<T>(x[0]), real_pair<T>(x[1]), y);
-    const float f = float_of((x[0] & 0x807fffff) | (96 + (x[1] & 63)) << 23);  // 2^-31 to 2^32: overflows fp16
-    to[1] = pack2<T>(f, float_of((x[2] & 0x807fffff) | 0x3f800000));
+    const float f = as_float((x[0] & 0x807fffff) | (96 + (x[1] & 63)) << 23);  // 2^-31 to 2^32: overflows fp16
+    to[1] = pack2<T>(f, as_float((x[2] & 0x807fffff) | 0x3f800000));
     T half;
     narrow(f, &half);
     to[2] = half.bits;
-    to[3] = bits_of(widen(half));
+    to[3] = as_bits(widen(half));
   }
 }
 FASTOPS_KERNEL(32, 1) powers(const Run a) {
   const int l = lane_index();
   for (int i = 0; i < 16; ++i)
-    a.out[16 * l + i] = bits_of(ex2(-static_cast<float>(a.in[16 * l + i] & 0xffff) / 2048.0f));
+    a.out[16 * l + i] = as_bits(ex2(-static_cast<float>(a.in[16 * l + i] & 0xffff) / 2048.0f));
 }
 FASTOPS_KERNEL(32, 1) shuffles(const Run a) {
   const int l = lane_index();
   const float x = static_cast<float>(a.in[l] & 0xffff);
-  for (int i = 0; i < 5; ++i) a.out[8 * l + i] = bits_of(shuffle_xor(x, 1 << i));
-  a.out[8 * l + 5] = bits_of(shuffle(x, (l * 7 + 3) % 32));
+  for (int i = 0; i < 5; ++i) a.out[8 * l + i] = as_bits(shuffle_xor(x, 1 << i));
+  a.out[8 * l + 5] = as_bits(shuffle(x, (l * 7 + 3) % 32));
   a.out[8 * l + 6] = static_cast<uint32_t>(uniform(static_cast<int>(a.in[0])));
-  a.out[8 * l + 7] = 0;
+  a.out[8 * l + 7] = any_lane(a.in[l] % 61 == 7) ? 2u : any_lane(a.in[l] % 5 == 0) ? 1u : 0u;
 }
 FASTOPS_KERNEL(32, 1) matrices(const Run a) {  // cp.async, a quarter of the pieces absent, then ldmatrix
   char* s = dynamic_shared();
@@ -112,7 +96,7 @@ products(const Run a) {
   float d[4];
   for (int i = 0; i < 4; ++i) d[i] = static_cast<float>(4 * l + i);
   mma_m16n8k16<T>(d, x, pair(4), pair(5));
-  for (int i = 0; i < 4; ++i) a.out[4 * l + i] = bits_of(d[i]);
+  for (int i = 0; i < 4; ++i) a.out[4 * l + i] = as_bits(d[i]);
 }
 FASTOPS_KERNEL(32, 1) byte_products(const Run a) {
   const int l = lane_index();
@@ -230,7 +214,7 @@ group_products(const Run a) {
     for (int i = 0; i < 4; ++i) {  // every tile counts, in numbers that are exact where the sums are
       float y = 0.0f;
       for (int n = 0; n < 8; ++n) y += static_cast<float>(n + 1) * d[n][i];
-      a.out[(way * 128 + thread_index()) * 4 + i] = bits_of(y);
+      a.out[(way * 128 + thread_index()) * 4 + i] = as_bits(y);
     }
   }
 #endif

@@ -15,6 +15,7 @@ from fastops.ops._common import attend
 from fastops.ops.attention_paged import attend as attend_paged
 from fastops.ops.attention_varlen import attend as attend_varlen
 from fastops.testing import assert_matches, guarded
+from tests.cuda import capi
 from tests.cuda.capi import variant
 
 DTYPES = [torch.float16, torch.bfloat16]
@@ -62,6 +63,7 @@ OPTIONS = [
     {"window": (7, 9), "softcap": 5.0},
     {"causal": True, "sinks": torch.linspace(-2, 3, 6), "alibi_slopes": torch.linspace(0.1, 0.6, 6)},
     {"scale": -0.3},
+    {"scale": 0.0},
 ]
 
 
@@ -125,6 +127,13 @@ def test_split_decode(run):
     assert_matches(wide, exact[0], same[0], what="fp32 out")
 
 
+def test_more_rows_than_the_kernels_count():
+    many = torch.zeros(1, 1, 8, 8).half().expand(1, 1 << 28, 8, 8)
+    k = torch.zeros(1, 4, 1, 8).half()
+    with pytest.raises(AssertionError, match="more than 2000000000 rows of queries"):
+        capi.run("attention_fwd", capi.attention(many), True, q=many, k=k, v=k, out=many)
+
+
 @contextmanager
 def hopper():
     """The emulator as a device of compute capability 9.0."""
@@ -147,6 +156,22 @@ def test_dense_on_hopper(dtype, sq, sk, hkv, d, dv, options):
     with hopper(), torch.no_grad(), fastops.override(attention="cuda-emulated"):
         got = fastops.attention(q, k, v, return_lse=True, **options)
     close(got, attend(q.double(), k.double(), v.double(), **options), attend(q, k, v, **options), str(options))
+
+
+@pytest.mark.parametrize("arch", ["80", "90"])
+@pytest.mark.parametrize("d", [64, 128])
+def test_maxima_that_grow_for_single_rows(arch, d, monkeypatch):
+    """What stands in o is brought to a new maximum as soon as one row of a warp has one; other rows grow by less."""
+    q, k, v = torch.zeros(1, 130, 1, d), torch.zeros(1, 700, 1, d), torch.randn(1, 700, 1, d)
+    k[0, :, 0, 0] = torch.linspace(0, 60, 700)  # a row's scores rise tile by tile, as steeply as its q says
+    q[0, :, 0, 0] = torch.linspace(0, 0.5, 130)
+    q[0, [3, 77, 129], 0, 0] = torch.tensor([3.0, 20.0, -8.0])
+    q, k, v = q.half(), k.half(), v.half()
+    monkeypatch.setenv("FASTOPS_EMULATOR_ARCH", arch)
+    with torch.no_grad(), fastops.override(attention="cuda-emulated"):
+        got = fastops.attention(q, k, v, scale=1.0, return_lse=True)
+    assert variant() == ("sm90a" if arch == "90" else "sm80")
+    close(got, attend(q.double(), k.double(), v.double(), scale=1.0), attend(q, k, v, scale=1.0), "growing")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

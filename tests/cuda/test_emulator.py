@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 CXX = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
 NAMES = (
-    "cluster", "columns64", "cp_async", "fence", "ldmatrix", "mma", "mma_bytes", "named", "races", "shuffle", "stmatrix", "swizzle", "tma", "wgmma", "wrong",
+    "cluster", "columns64", "cp_async", "fence", "ldmatrix", "mma", "mma_bytes", "named", "polynomial", "races", "shuffle", "stmatrix", "swizzle", "tma", "wgmma", "wrong",
 )  # fmt: skip
 
 

@@ -17,6 +17,8 @@ __device__ __forceinline__ float sqrt_precise(float x) { return __fsqrt_rn(x); }
 __device__ __forceinline__ float maximum(float a, float b) { return fmaxf(a, b); }  // a NaN loses
 __device__ __forceinline__ float round_even(float x) { return rintf(x); }
 __device__ __forceinline__ float absolute(float x) { return fabsf(x); }
+__device__ __forceinline__ float as_float(uint32_t bits) { return __uint_as_float(bits); }
+__device__ __forceinline__ uint32_t as_bits(float x) { return __float_as_uint(x); }
 __device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
 __device__ __forceinline__ float not_a_number() { return __int_as_float(0x7fc00000); }
 

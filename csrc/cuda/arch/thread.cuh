@@ -1,4 +1,4 @@
-// Who a thread is, and meeting others. PTX ISA: special registers; bar.sync; shfl.sync
+// Who a thread is, and meeting others. PTX ISA: special registers; bar.sync; shfl.sync; vote.sync
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#parallel-synchronization-and-communication-instructions
 #pragma once
 
@@ -18,6 +18,9 @@ __device__ __forceinline__ float shuffle_xor(float x, int mask) { return __shfl_
 // A number all lanes of a warp have, known to be so by the compiler from here on.
 __device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 __device__ __forceinline__ float shuffle(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
+
+// Whether any lane of the warp says so.
+__device__ __forceinline__ bool any_lane(bool x) { return __any_sync(0xffffffffu, x) != 0; }
 
 __device__ __forceinline__ char* dynamic_shared() {
   extern __shared__ __align__(1024) char fastops_dynamic_shared[];

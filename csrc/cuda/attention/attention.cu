@@ -27,7 +27,7 @@ const char* refusal(const fastops_attention_desc& d, const AttentionParams& p) {
   if (p.packed && (!rows_aligned(p.kq.recent, {p.kq.recent_s[0], p.kq.recent_s[1], p.kq.recent_s[2]}) ||
                    !rows_aligned(p.vq.recent, {p.vq.recent_s[0], p.vq.recent_s[1], p.vq.recent_s[2]})))
     return "rows of the recent keys and values do not begin at multiples of 16 bytes";
-  return nullptr;
+  return too_many_rows(p);
 }
 
 struct Plan {
@@ -49,14 +49,14 @@ fastops_status plan_of(const fastops_attention_desc& d, fastops_cuda_env* env, P
     return FASTOPS_ERR_UNSUPPORTED;
   }
   plan->dim = attention_dim(p.D, p.Dv);
-  // Lengths lie on the device: what the tensors have room for stands in for them.
-  const int64_t queries = p.cu_q ? p.q_rows : p.paged ? p.queries_per_seq : p.Sq;
   const int64_t keys = p.paged ? p.max_pages << p.page_shift : p.ragged ? p.k_rows : p.Sk;
-  plan->a.rows = queries * p.G;
+  plan->a.rows = attention_rows(p);
   plan->tile = attention_tile(plan->device.sm90a && !p.quant, plan->dim, plan->a.rows);
   plan->a.blocks = (plan->a.rows + plan->tile.rows - 1) / plan->tile.rows;
   const int64_t per_key = p.cu_q ? p.B * p.Hkv : plan->a.blocks * p.Hkv * p.B;
   const int tile = plan->tile.keys;
+  const float unit = p.scale * kLog2e;
+  plan->a.unit = unit > 0.0f && !(p.softcap > 0.0f) && p.alibi == nullptr ? unit : 1.0f;  // the largest stays so
   plan->a.splits = attention_splits(per_key, keys, plan->tile, plan->device.sm_count);
   const int64_t split = (keys + plan->a.splits - 1) / plan->a.splits;
   plan->a.split_keys = (split + tile - 1) / tile * tile;

@@ -17,7 +17,7 @@ const char* refusal(const fastops_attention_bwd_desc& d, const BackwardParams& g
       !rows_aligned(g.dq, {g.dq_sb, g.dq_ss, g.dq_sh}) || !rows_aligned(g.dk, {g.dk_sb, g.dk_ss, g.dk_sh}) ||
       !rows_aligned(g.dv, {g.dv_sb, g.dv_ss, g.dv_sh}))
     return "rows of q, k, v, dout and their gradients do not all begin at multiples of 16 bytes";
-  return nullptr;
+  return too_many_rows(p);
 }
 
 fastops_status plan_of(const fastops_attention_bwd_desc& d, fastops_cuda_env* env, BackwardArgs* args) {
@@ -40,7 +40,7 @@ template <class T, int kDim>
 fastops_status run(const BackwardArgs& args, fastops_cuda_env* env) {
   const AttentionParams& p = args.a.p;
   const auto blocks = [](int64_t n) { return (n + 63) / 64; };
-  const int64_t key_blocks = blocks(p.ragged ? p.k_rows : p.Sk), row_blocks = blocks((p.cu_q ? p.q_rows : p.Sq) * p.G);
+  const int64_t key_blocks = blocks(p.ragged ? p.k_rows : p.Sk), row_blocks = blocks(attention_rows(p));
   const Grid keys{key_blocks, p.Hkv, p.B, kAttentionThreads, backward_shared(kDim, true)};
   fastops_status status =
       launch<attention_bwd_delta<T>>({(args.total_rows + 3) / 4, p.Hq, 1, kAttentionThreads, 0}, env, args);

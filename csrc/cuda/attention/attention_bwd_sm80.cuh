@@ -184,7 +184,7 @@ attention_bwd_rows(const BackwardArgs args) {
   load_rows<T, 64, kDim>(dout, p.Dv, [&](int r) { return at(g.dout, g.do_sb, g.do_ss, g.do_sh, r); });
   cp_async_commit();
   const int lane = lane_index();
-  const int64_t row[2] = {block.row0 + warp_index() * 16 + lane / 4, block.row0 + warp_index() * 16 + lane / 4 + 8};
+  const int row[2] = {block.row0 + warp_index() * 16 + lane / 4, block.row0 + warp_index() * 16 + lane / 4 + 8};
   const int64_t key_begin = block.first.lo, key_end = block.last.hi;
   const Sight sight(args.a, block, row, block.first, block.last, key_begin);
   const BackwardRow stats[2] = {BackwardRow(args, s, b, hkv, row[0]), BackwardRow(args, s, b, hkv, row[1])};

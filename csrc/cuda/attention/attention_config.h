@@ -18,6 +18,15 @@ inline bool rows_aligned(const void* data, std::initializer_list<int64_t> stride
 constexpr int kAttentionThreads = 128;
 constexpr int kAttentionRows = 64;  // of a block: (query, head of the group) pairs; sixteen a warp
 
+// Rows of a sequence and KV head, at most: lengths lie on the device, what the tensors have room for stands in for
+// them.
+inline int64_t attention_rows(const AttentionParams& p) {
+  return (p.cu_q ? p.q_rows : p.paged ? p.queries_per_seq : p.Sq) * p.G;
+}
+inline const char* too_many_rows(const AttentionParams& p) {
+  return attention_rows(p) > 2000000000 ? "a KV head has more than 2000000000 rows of queries" : nullptr;
+}
+
 FASTOPS_SHARED constexpr int attention_dim(int D, int Dv) {  // the head size a kernel is made for
   const int d = D > Dv ? D : Dv;
   return d <= 64 ? 64 : d <= 128 ? 128 : 256;
@@ -34,6 +43,10 @@ constexpr int kHopperThreads = 384, kHopperRows = 128, kHopperKeys = 128, kHoppe
 FASTOPS_SHARED constexpr size_t hopper_shared(int dim) {
   return static_cast<size_t>(kHopperRows + 2 * kHopperStages * kHopperKeys) * static_cast<size_t>(dim) * 2 + 1024;
 }
+
+// One exponent in so many by a polynomial; 0: none. For 128 keys a multiprocessor's 16 ex2 a cycle take 1024 cycles,
+// its products 983 (head size 64) or 1966 (128).
+FASTOPS_SHARED constexpr int hopper_polynomial(int dim) { return dim <= 64 ? 4 : 0; }
 
 // Which kernel, and its tiles. Few rows (decoding) leave the second group of a Hopper block without work.
 struct AttentionTile {

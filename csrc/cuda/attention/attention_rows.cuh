@@ -15,6 +15,7 @@ struct AttentionArgs {
   int64_t splits, split_keys;
   float *partial_out, *partial_lse;  // [B][splits][Hkv][rows][Dv] and [B][splits][Hkv][rows]
   int64_t rows, blocks;              // of a sequence and KV head, at most
+  float unit;  // from modified scores to log2 units: the multiplication that costs nothing in the exponent
 };
 
 // A sequence, and whether its indices stay inside the tensors (they are known only here).
@@ -82,13 +83,17 @@ struct PagedKeys {
 
 // The rows of a block, and the keys they see within the split. Both ends of a row's keys grow with the row.
 struct BlockRows {
-  int64_t b, split, hkv, row0, rows;  // rows: of the sequence and KV head
+  int b, split, hkv;
+  int row0, rows;  // rows: of the sequence and KV head
   DeviceSequence found;
   KeyRange first, last;  // of the block's first and last row
   FASTOPS_DEVICE BlockRows(const AttentionArgs& a, int64_t block, int count)
-      : b(block_z() / a.splits), split(block_z() % a.splits), hkv(block_y()), found(device_sequence(a.p, b)) {
-    row0 = block * count;
-    rows = found.s.Sq * a.p.G;
+      : b(static_cast<int>(block_z() / a.splits)),
+        split(static_cast<int>(block_z() % a.splits)),
+        hkv(static_cast<int>(block_y())),
+        found(device_sequence(a.p, b)) {
+    row0 = static_cast<int>(block) * count;
+    rows = static_cast<int>(found.s.Sq * a.p.G);
     if (empty()) return;
     first = sees(a, row0);
     last = sees(a, (row0 + count < rows ? row0 + count : rows) - 1);
@@ -107,7 +112,7 @@ struct BlockRows {
 // The keys two rows see, and those all rows from `first` to `last` see, counted from key `from`.
 struct Sight {
   int lo[2], hi[2], all_lo, all_hi;
-  FASTOPS_DEVICE Sight(const AttentionArgs& a, const BlockRows& block, const int64_t (&row)[2], const KeyRange& first,
+  FASTOPS_DEVICE Sight(const AttentionArgs& a, const BlockRows& block, const int (&row)[2], const KeyRange& first,
                        const KeyRange& last, int64_t from)
       : all_lo(static_cast<int>(last.lo - from)), all_hi(static_cast<int>(first.hi - from)) {
     FASTOPS_UNROLL
@@ -138,10 +143,13 @@ struct RowPair {
   float m[2], l[2];
 };
 
-// Scores to log2 units, with every modifier of the call. `column` is the thread's first column of the tile.
+// Every modifier of the call, to scores that are log2 units but for a.unit. `column` is the thread's first column of
+// the tile.
 template <int kTiles>
-FASTOPS_DEVICE void modify(const AttentionParams& p, const Sequence& s, float (&x)[kTiles][4], const int64_t (&row)[2],
+FASTOPS_DEVICE void modify(const AttentionArgs& a, const Sequence& s, float (&x)[kTiles][4], const int (&row)[2],
                            int64_t b, int64_t hkv, int64_t column) {
+  const AttentionParams& p = a.p;
+  if (a.unit != 1.0f) return;
   if (!(p.softcap > 0.0f) && p.alibi == nullptr) {
     const float scale = p.scale * kLog2e;
     FASTOPS_UNROLL
@@ -153,9 +161,10 @@ FASTOPS_DEVICE void modify(const AttentionParams& p, const Sequence& s, float (&
   }
   float slope[2] = {0.0f, 0.0f}, position[2];
   for (int i = 0; i < 2; ++i) {
-    const int64_t head = hkv * p.G + row[i] % p.G;
+    const int group = static_cast<int>(p.G);
+    const int64_t head = hkv * group + row[i] % group;
     if (p.alibi) slope[i] = p.alibi[b * p.alibi_sb + head * p.alibi_sh] * kLog2e;
-    position[i] = static_cast<float>(row[i] / p.G + s.offset - column);
+    position[i] = static_cast<float>(row[i] / group + s.offset - column);
   }
   FASTOPS_UNROLL
   for (int n = 0; n < kTiles; ++n) {
@@ -169,17 +178,19 @@ FASTOPS_DEVICE void modify(const AttentionParams& p, const Sequence& s, float (&
   }
 }
 
-// x becomes 2^(x - m), m and l go on; what stands in o is to be multiplied by alpha to fit the new m. The maximum in
-// use may lag behind by 2^8: alpha is then 1 for most tiles (FlashAttention-4, section 3.1).
-template <int kTiles>
-FASTOPS_DEVICE void online_softmax(float (&x)[kTiles][4], RowPair& state, float (&alphas)[2]) {
+// x becomes 2^(unit x - m), m and l go on; what stands in o is to be multiplied by alpha to fit the new m. The maximum
+// in use may lag behind by 2^8: alpha is then 1 for most tiles (FlashAttention-4, section 3.1). One in kPolynomial
+// exponents (0: none) is worked out by the units that multiply, where the others' unit is what everything waits for
+// (ibid.).
+template <int kPolynomial, int kTiles>
+FASTOPS_DEVICE void online_softmax(float (&x)[kTiles][4], float unit, RowPair& state, float (&alphas)[2]) {
   FASTOPS_UNROLL
   for (int i = 0; i < 2; ++i) {
     float top = -infinity();
     FASTOPS_UNROLL
     for (int n = 0; n < kTiles; ++n) top = maximum(top, maximum(x[n][2 * i], x[n][2 * i + 1]));
     top = maximum(top, shuffle_xor(top, 1));
-    top = maximum(top, shuffle_xor(top, 2));
+    top = maximum(top, shuffle_xor(top, 2)) * unit;
     float alpha = 1.0f;
     if (top > state.m[i] + 8.0f) {  // also from -inf
       alpha = state.m[i] == -infinity() ? 0.0f : ex2(state.m[i] - top);
@@ -191,7 +202,8 @@ FASTOPS_DEVICE void online_softmax(float (&x)[kTiles][4], RowPair& state, float 
     for (int n = 0; n < kTiles; ++n) {
       FASTOPS_UNROLL
       for (int j = 2 * i; j < 2 * i + 2; ++j) {
-        x[n][j] = ex2(x[n][j] - m);
+        const float y = x[n][j] * unit - m;
+        x[n][j] = kPolynomial > 0 && n % kPolynomial == kPolynomial - 1 ? ex2_polynomial(y) : ex2(y);
         sum += x[n][j];
       }
     }
@@ -199,8 +211,10 @@ FASTOPS_DEVICE void online_softmax(float (&x)[kTiles][4], RowPair& state, float 
     alphas[i] = alpha;
   }
 }
+// For most tiles there is nothing to do.
 template <int kOut>
 FASTOPS_DEVICE void rescale(float (&o)[kOut][4], const float (&alphas)[2]) {
+  if (!any_lane(alphas[0] != 1.0f || alphas[1] != 1.0f)) return;
   FASTOPS_UNROLL
   for (int n = 0; n < kOut; ++n) {
     FASTOPS_UNROLL
@@ -210,11 +224,12 @@ FASTOPS_DEVICE void rescale(float (&o)[kOut][4], const float (&alphas)[2]) {
 
 // The end of a thread's two rows: normalised, or a partial (O, LSE) of a split.
 template <class T, int kOut>
-FASTOPS_DEVICE void finish(const AttentionArgs& a, const BlockRows& block, const int64_t (&row)[2],
-                           const RowPair& state, const float (&o)[kOut][4], bool broken) {
+FASTOPS_DEVICE void finish(const AttentionArgs& a, const BlockRows& block, const int (&row)[2], const RowPair& state,
+                           const float (&o)[kOut][4], bool broken) {
   const AttentionParams& p = a.p;
   const int lane = lane_index();
-  const int64_t b = block.b, hkv = block.hkv, rows = block.rows;
+  const int64_t b = block.b, hkv = block.hkv;
+  const int rows = block.rows, group = static_cast<int>(p.G);
   const Sequence& s = block.found.s;
   FASTOPS_UNROLL
   for (int i = 0; i < 2; ++i) {
@@ -222,7 +237,7 @@ FASTOPS_DEVICE void finish(const AttentionArgs& a, const BlockRows& block, const
     l += shuffle_xor(l, 1);
     l += shuffle_xor(l, 2);
     if (row[i] >= rows) continue;
-    const int64_t qi = row[i] / p.G, head = hkv * p.G + row[i] % p.G;
+    const int64_t qi = row[i] / group, head = hkv * group + row[i] % group;
     float lse = l == 0.0f ? -infinity() : state.m[i] * kLn2 + log_natural(l);
     float factor = l == 0.0f ? 0.0f : 1.0f / l;
     if (broken) lse = factor = not_a_number();

@@ -70,13 +70,13 @@ attention_sm80(const AttentionArgs a) {
   const BlockRows block(a, block_x(), kAttentionRows);
   if (block.empty()) return;
   const Sequence& s = block.found.s;
-  const int64_t row0 = block.row0;
+  const int row0 = block.row0;
   T* q = reinterpret_cast<T*>(dynamic_shared());
   T* k = q + kAttentionRows * kDim;
   T* v = k + kTile * kDim;
   int* flag = reinterpret_cast<int*>(v + kTile * kDim);
   const int lane = lane_index(), warp = warp_index();
-  const int64_t row[2] = {row0 + warp * 16 + lane / 4, row0 + warp * 16 + lane / 4 + 8};
+  const int row[2] = {row0 + warp * 16 + lane / 4, row0 + warp * 16 + lane / 4 + 8};
 
   const int64_t key_begin = block.first.lo, key_end = block.last.hi;
   const Sight sight(a, block, row, block.first, block.last, key_begin);
@@ -104,9 +104,9 @@ attention_sm80(const AttentionArgs a) {
     cp_async_commit();
 
     const int64_t column = key + 2 * (lane % 4);
-    modify(p, s, x, row, block.b, block.hkv, column);
+    modify(a, s, x, row, block.b, block.hkv, column);
     sight.hide(x, static_cast<int>(key - key_begin));
-    online_softmax(x, state, alphas);
+    online_softmax<0>(x, a.unit, state, alphas);
     rescale(o, alphas);
 
     cp_async_wait<1>();  // v is there

@@ -148,9 +148,9 @@ attention_sm90(FASTOPS_ARGUMENT HopperArgs args) {
 
   registers_grow<224>();
   const int group = warp_group - 1, lane = lane_index();
-  const int64_t group_row0 = block.row0 + group * 64, row0 = group_row0 + warp_index() % 4 * 16 + lane / 4;
-  const int64_t row[2] = {row0, row0 + 8};
-  const int64_t group_end = group_row0 + 64 < block.rows ? group_row0 + 64 : block.rows;
+  const int group_row0 = block.row0 + group * 64, row0 = group_row0 + warp_index() % 4 * 16 + lane / 4;
+  const int row[2] = {row0, row0 + 8};
+  const int group_end = group_row0 + 64 < block.rows ? group_row0 + 64 : block.rows;
   const Sight sight(a, block, row, block.sees(a, group_row0), block.sees(a, group_end - 1), key_begin);
   {
     constexpr int kPerRow = kDim / kChunk;
@@ -192,9 +192,9 @@ attention_sm90(FASTOPS_ARGUMENT HopperArgs args) {
     if (lane == 0) mbarrier_arrive(empty);
   };
   const auto weigh = [&](int i) {  // scores to weights
-    modify(p, block.found.s, x, row, block.b, block.hkv, key_begin + i * kHopperKeys + 2 * (lane % 4));
+    modify(a, block.found.s, x, row, block.b, block.hkv, key_begin + i * kHopperKeys + 2 * (lane % 4));
     sight.hide(x, i * kHopperKeys);
-    online_softmax(x, state, alphas);
+    online_softmax<hopper_polynomial(kDim)>(x, a.unit, state, alphas);
   };
   const auto pack = [&] {
     FASTOPS_UNROLL

@@ -49,6 +49,20 @@ inline float shuffle(float x, int lane, FASTOPS_PLACE) { return shuffle_from({x,
 
 inline int uniform(int x) { return x; }
 
+struct VoteArgs {
+  bool mine, any;
+};
+inline bool any_lane(bool x, FASTOPS_PLACE) {
+  VoteArgs a{x, x};
+  Block::current().meet_warp({"any_lane", file, line}, &a, [](void** all) {
+    bool any = false;
+    for (int i = 0; i < emulator::kWarp; ++i) any = any || (all[i] != nullptr && static_cast<VoteArgs*>(all[i])->mine);
+    for (int i = 0; i < emulator::kWarp; ++i)
+      if (all[i] != nullptr) static_cast<VoteArgs*>(all[i])->any = any;
+  });
+  return a.any;
+}
+
 // ---- cp_async
 // --------------------------------------------------------------------------------------------------------
 inline void cp_async16(void* shared, const void* global, bool valid, FASTOPS_PLACE) {
@@ -186,6 +200,16 @@ inline float sqrt_precise(float x) { return std::sqrt(x); }
 inline float maximum(float a, float b) { return std::fmax(a, b); }
 inline float round_even(float x) { return std::nearbyint(x); }
 inline float absolute(float x) { return std::fabs(x); }
+inline float as_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+inline uint32_t as_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
 inline float infinity() { return __builtin_inff(); }
 inline float not_a_number() { return __builtin_nanf(""); }
 template <class T>

@@ -20,6 +20,16 @@ FASTOPS_DEVICE void clear(float (&x)[kTiles][4]) {
 // The larger one; a NaN wins.
 FASTOPS_DEVICE float maximum_or_nan(float a, float b) { return a != a ? a : b != b ? b : maximum(a, b); }
 
+// 2^x for x up to 127 with a relative error below 4e-6, without the unit for ex2: x = n + f, n the nearest whole
+// number, and a polynomial for 2^f. Below -127 it is 0; a NaN stays one.
+FASTOPS_DEVICE float ex2_polynomial(float x) {
+  const float t = x < -127.0f ? -127.0f : x;
+  constexpr float kRound = 12582912.0f + 127.0f;  // 1.5 2^23: the sum's last bits are n + 127
+  const float shifted = t + kRound, f = t - (shifted - kRound);
+  const float y = 0.999999261f + f * (0.693121815f + f * (0.240247448f + f * (0.0559178603f + f * 0.00957010191f)));
+  return y * as_float(as_bits(shifted) << 23);
+}
+
 // Element i of a tensor of fp32 (1), fp16 (2) or bf16 (3).
 FASTOPS_DEVICE float number_at(const void* p, int32_t dtype, int64_t i) {
   if (dtype == 1) return static_cast<const float*>(p)[i];
