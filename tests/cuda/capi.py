@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastops import _cuda, _ops
 from fastops.errors import translate
+from tests.cuda import both
 
 MAX_DIMS = 5
 MESSAGE = 512
@@ -155,9 +156,14 @@ def run(name: str, desc: ctypes.Structure, workspace: bool = False, **tensors: T
 
 def op(name: str, *args: Any, **options: Any) -> Any:
     """torch.ops.fastops.<name> on CPU tensors, emulated; what it refuses as the exception that callers see."""
-    try:
+    function = getattr(torch.ops.fastops, name)
+
+    def emulated(*args: Any, **options: Any) -> Any:
         with _cuda.emulated():
-            return getattr(torch.ops.fastops, name)(*args, **options)
+            return function(*args, **options)
+
+    try:
+        return both.run(name, emulated, function, args, options)
     except RuntimeError as error:
         raise translate(error) from None
 

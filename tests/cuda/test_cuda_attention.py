@@ -10,19 +10,17 @@ import pytest
 import torch
 
 import fastops
-from fastops import _cuda
 from fastops.ops._common import attend
 from fastops.ops.attention_paged import attend as attend_paged
 from fastops.ops.attention_varlen import attend as attend_varlen
 from fastops.testing import assert_matches, guarded
-from tests.cuda import capi
+from tests.cuda import both, capi
 from tests.cuda.capi import variant
 
 DTYPES = [torch.float16, torch.bfloat16]
-GPU = torch.cuda.is_available() and not _cuda.GPUS.missing
 PROVIDERS = [
     "cuda-emulated",
-    pytest.param("cuda", marks=pytest.mark.skipif(not GPU, reason="no GPU, or no CUDA build")),
+    pytest.param("cuda", marks=pytest.mark.skipif(not both.GPU, reason="no GPU, or no CUDA build")),
 ]
 
 

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_flatten
 import fastops
 from fastops import _cuda, _ops, int4
 from fastops.testing import assert_matches
+from tests.cuda import both
 from tests.cuda.capi import op, variant
 from tests.cuda.test_cuda_nvrtc import recording
 
@@ -177,3 +178,25 @@ def test_results_that_nobody_differentiates():
     (dx,) = torch.autograd.grad(total.sum(), x)
     torch.testing.assert_close(dx, torch.ones(3, 64))
     assert w.grad is None
+
+
+def test_calls_are_compared_where_there_is_a_gpu():
+    """The tests' own mechanism, with the CPU's kernels in the part of the GPU's."""
+    weight, x = int4.quantize(torch.randn(16, 64), 32), torch.randn(3, 64).half()
+    with both.every_row("cpu", "cpp"), torch.no_grad(), fastops.override(int4_linear="cuda-emulated"):
+        fastops.int4_linear(x, weight)
+    a, b = torch.randn(4, 64), torch.randn(4, 64)
+
+    def wrong(x, residual, w):
+        torch.ops.fastops.fused_add_rms_norm(x, residual, w)
+        residual[3, 5] += 0.01
+
+    for other, fails in ((torch.ops.fastops.fused_add_rms_norm, False), (wrong, True)):
+        args = a.clone(), b.clone(), torch.ones(64)
+        call = partial(both.run, "norm", partial(op, "fused_add_rms_norm"), other, args, {}, "cpu")
+        if fails:
+            with pytest.raises(AssertionError, match="norm on the GPU"):
+                call()
+        else:
+            call()
+        assert not torch.equal(args[0], a)  # written in place once
