@@ -57,5 +57,5 @@ __all__ = [
 ]
 
 _read_environment()
-if _cuda.GPUS.missing is None:
+if _cuda.AVAILABLE:
     _cuda.define_plain()

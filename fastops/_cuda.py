@@ -56,7 +56,7 @@ def _for_gpus() -> Kernels:
         return Kernels(None, f"code for sm_{archs.replace(' ', ', sm_')}")
     if not (_ops.FOLDER / "libfastops_cuda.so").exists():
         missing = "no CUDA code in this build (set FASTOPS_CUDA_ARCHS to build it)"
-    if not torch.cuda.is_available():
+    if not AVAILABLE:
         return Kernels(missing)
     launcher = _nvrtc.Launcher()
     why = _nvrtc.why_not() or load("fastops_emulated", True, launcher)
@@ -65,6 +65,7 @@ def _for_gpus() -> Kernels:
     return Kernels(None, f"compiled by NVRTC on first use, kept in {_nvrtc.folder()}", launcher)
 
 
+AVAILABLE = torch.cuda.is_available()
 # Loaded here, not at first use: a choice that torch.compile traces may only read constants.
 EMULATOR, GPUS = _emulator(), _for_gpus()
 _MISSING = (GPUS.missing, EMULATOR.missing)
@@ -209,7 +210,7 @@ _library: torch.library.Library | None = None
 
 
 def define_plain() -> None:
-    """fastops_plain::*, which the operators call for CUDA tensors that their kernels do not take."""
+    """fastops_plain::*, which the operators call for CUDA tensors that their kernels do not take, or without kernels."""
     global _library
     if _library is not None:
         return

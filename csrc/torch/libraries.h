@@ -33,7 +33,7 @@ const Library* library_for(bool gpu);
 // What a call's environment says beside its workspace: the device's current stream, or the emulator's seed.
 void prepare(fastops_cuda_env* env, bool gpu, int32_t device);
 
-// How calls of this thread are taken; fastops/_ops.py sets it.
+// How calls of this thread are taken; fastops/_cuda.py sets it.
 enum Mode : int {
   kEmulate = 1,   // CPU tensors by the emulated CUDA kernels
   kOrRefuse = 2,  // what the kernels for GPUs do not take is an error; otherwise plain torch runs

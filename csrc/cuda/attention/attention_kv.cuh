@@ -30,9 +30,10 @@ struct QuantKeys {
   static constexpr bool kDecodes = true;
   const AttentionParams& p;
   const int32_t* table;
-  int64_t b, hkv, packed;
+  int64_t packed;
+  int b, hkv;
   bool good;
-  FASTOPS_DEVICE QuantKeys(const AttentionParams& params, const Sequence& s, int64_t batch, int64_t head)
+  FASTOPS_DEVICE QuantKeys(const AttentionParams& params, const Sequence& s, int batch, int head)
       : p(params), table(p.table + batch * p.table_sb), b(batch), hkv(head), packed(s.Sk), good(true) {
     if (p.packed == nullptr) return;
     packed = p.packed[b * p.packed_stride];

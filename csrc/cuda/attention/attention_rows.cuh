@@ -211,10 +211,12 @@ FASTOPS_DEVICE void online_softmax(float (&x)[kTiles][4], float unit, RowPair& s
     alphas[i] = alpha;
   }
 }
-// For most tiles there is nothing to do.
+// For most tiles there is nothing to do. (The branch asks for registers that head size 256 does not have.)
 template <int kOut>
 FASTOPS_DEVICE void rescale(float (&o)[kOut][4], const float (&alphas)[2]) {
-  if (!any_lane(alphas[0] != 1.0f || alphas[1] != 1.0f)) return;
+  if constexpr (kOut < 32) {
+    if (!any_lane(alphas[0] != 1.0f || alphas[1] != 1.0f)) return;
+  }
   FASTOPS_UNROLL
   for (int n = 0; n < kOut; ++n) {
     FASTOPS_UNROLL
