@@ -210,7 +210,7 @@ _library: torch.library.Library | None = None
 
 
 def define_plain() -> None:
-    """fastops_plain::*, which the operators call for CUDA tensors that their kernels do not take, or without kernels."""
+    """fastops_plain::*: what operators call for CUDA tensors that no kernel here takes."""
     global _library
     if _library is not None:
         return

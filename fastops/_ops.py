@@ -134,6 +134,14 @@ else:
 ops = torch.ops.fastops
 
 
+def lasting(t: torch.Tensor) -> torch.Tensor:
+    """A new tensor that is kept and read again and again, such as a KV cache: in large pages where the system has them.
+    Before it is written first."""
+    if control is not None and t.device.type == "cpu":
+        control.prefer_large_pages(t.data_ptr(), t.nbytes)
+    return t
+
+
 plain: dict[str, Any] = {}  # operator -> its plain-torch kernel
 
 

@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastops import _ops
+
 GROUP = 32  # KIVI's tokens of a channel, and channels of a token, that share a scale
 
 
@@ -267,7 +269,8 @@ class PagedCache:
             if d % 8 or not 8 <= d <= 256 or (side.channels and d % side.channels):
                 step = max(8, side.channels)
                 raise ValueError(f"PagedCache: head size {d}, allowed for {format}: multiples of {step} up to 256")
-            codes = torch.zeros(pages, page, heads, d * side.bits // 8, dtype=side.dtype, device=device)
+            codes = torch.empty(pages, page, heads, d * side.bits // 8, dtype=side.dtype, device=device)
+            _ops.lasting(codes).zero_()
             setattr(self, role, codes)
             if side.tokens == 0:
                 numbers[f"{role}_scale"] = torch.full((1,), given, dtype=side.scale_dtype, device=device)

@@ -9,6 +9,7 @@
 
 #include "fastops/fastops.h"
 #include "torch/libraries.h"
+#include "torch/memory.h"
 
 extern "C" const char* fastops_torch_last_variant(void);
 
@@ -56,6 +57,12 @@ PYBIND11_MODULE(_C, m) {
   m.attr("EMULATE") = static_cast<int>(fastops::binding::kEmulate);
   m.attr("OR_REFUSE") = static_cast<int>(fastops::binding::kOrRefuse);
   m.def("last_refusal", &fastops_torch_last_refusal, "Why the kernels did not take this thread's last refused call.");
+  m.def(
+      "prefer_large_pages",
+      [](std::uintptr_t data, std::size_t bytes) {
+        fastops::binding::prefer_large_pages(reinterpret_cast<void*>(data), bytes);
+      },
+      py::arg("data"), py::arg("bytes"), "For memory that lasts, before it is written first.");
   m.def("build_info", [] {
     py::dict d;
     d["compiler"] = FASTOPS_COMPILER;

@@ -308,11 +308,11 @@ Tensor scaled_dot_product_attention(Tensor query, Tensor key, Tensor value, OptT
 
 }  // namespace
 
-#define FASTOPS_OPS(X)                                                                                        \
-  X(attention)                                                                                                \
-  X(attention_out)                                                                                            \
-  X(attention_varlen) X(attention_varlen_out) X(attention_paged) X(attention_paged_out) X(attention_backward) \
-      X(attention_varlen_backward)
+#define FASTOPS_OPS(X) \
+  X(attention)         \
+  X(attention_out)     \
+  X(attention_varlen)  \
+  X(attention_varlen_out) X(attention_paged) X(attention_paged_out) X(attention_backward) X(attention_varlen_backward)
 FASTOPS_REGISTER(FASTOPS_OPS)
 
 STABLE_TORCH_LIBRARY_IMPL(fastops, CPU, m) {

@@ -104,11 +104,11 @@ Tensor and_mul_backward(Tensor dout, Tensor x, int64_t activation) {
 
 }  // namespace
 
-#define FASTOPS_OPS(X)                                                                                \
-  X(silu_and_mul)                                                                                     \
-  X(silu_and_mul_out)                                                                                 \
-  X(gelu_and_mul) X(gelu_and_mul_out) X(swiglu) X(swiglu_out) X(geglu) X(geglu_out) X(gated_backward) \
-      X(and_mul_backward)
+#define FASTOPS_OPS(X) \
+  X(silu_and_mul)      \
+  X(silu_and_mul_out)  \
+  X(gelu_and_mul)      \
+  X(gelu_and_mul_out) X(swiglu) X(swiglu_out) X(geglu) X(geglu_out) X(gated_backward) X(and_mul_backward)
 FASTOPS_REGISTER(FASTOPS_OPS)
 
 }  // namespace fastops::binding

@@ -1,4 +1,5 @@
 // int4_linear: tensors to descriptors, nothing else.
+#include "torch/memory.h"
 #include "torch/register.h"
 
 namespace fastops::binding {
@@ -11,6 +12,7 @@ Tensor int4_pack(Tensor codes) {
   const int64_t size[4] = {(n + 15) / 16, words, 16, 4};
   Tensor packed = at.empty(size, 4, scalar_type(codes));
   const fastops_tensor to = at.view(packed, "packed");
+  prefer_large_pages(to.data, static_cast<size_t>(to.size[0] * to.stride[0]));
   char message[FASTOPS_MESSAGE_SIZE] = "";
   const fastops_status status = fastops_int4_pack(&from, &to, message);
   if (status != FASTOPS_OK) raise(status, message);
@@ -24,6 +26,7 @@ Tensor int4_pack24(Tensor codes, Tensor kept) {
   const int64_t size[4] = {(n + 15) / 16, words, 16, 3};
   Tensor packed = at.empty(size, 4, scalar_type(codes));
   const fastops_tensor to = at.view(packed, "packed");
+  prefer_large_pages(to.data, static_cast<size_t>(to.size[0] * to.stride[0]));
   char message[FASTOPS_MESSAGE_SIZE] = "";
   const fastops_status status = fastops_int4_pack24(&from, &places, &to, message);
   if (status != FASTOPS_OK) raise(status, message);

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import fastops
+from fastops import _ops
 
 NAME = "fastops"
 _TESTED = (5, 0)  # the oldest major, minor this adapter is written for
@@ -218,7 +219,7 @@ def _append(room: Tensor | None, past: Tensor, new: Tensor) -> tuple[Tensor, Ten
     kept = room is not None and n > 0 and past.data_ptr() == room.data_ptr() and past.shape[0] == room.shape[0]
     if room is None or not kept or end > room.shape[-2] or (torch.is_grad_enabled() and new.requires_grad):
         capacity = max(2 * end, 256)
-        room = new.new_empty((*new.shape[:-2], capacity, new.shape[-1]))
+        room = _ops.lasting(new.new_empty((*new.shape[:-2], capacity, new.shape[-1])))
         if n:
             room[..., :n, :].copy_(past)
     room[..., n:end, :].copy_(new)

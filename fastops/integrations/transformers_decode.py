@@ -273,6 +273,6 @@ def _layer(module: Any, table: tuple[Tensor, Tensor], room: tuple[int, int], dty
         gate_up=linear([mlp.gate_proj, mlp.up_proj] if hasattr(mlp, "gate_proj") else [mlp.gate_up_proj]),
         activation=GELU.get(type(act).__name__),
         down=linear([mlp.down_proj]),
-        k_cache=torch.zeros(*room, hk, d, dtype=dtype),
-        v_cache=torch.zeros(*room, hk, d, dtype=dtype),
+        k_cache=_ops.lasting(torch.empty(*room, hk, d, dtype=dtype)).zero_(),
+        v_cache=_ops.lasting(torch.empty(*room, hk, d, dtype=dtype)).zero_(),
     )
