@@ -104,14 +104,6 @@ class Rope(ctypes.Structure):
     )  # fmt: skip
 
 
-class Int4Linear(ctypes.Structure):
-    _fields_ = (
-        ("struct_size", ctypes.c_uint32), ("int8", ctypes.c_int32),
-        *((n, TensorView) for n in ("x", "out", "codes", "scales", "zeros", "mins", "perm", "bias")),
-        ("eight", ctypes.c_int32), ("column_scales", TensorView), ("column_zeros", TensorView),
-    )  # fmt: skip
-
-
 def attention(q: Tensor, **numbers: Any) -> Attention:
     """A descriptor without its tensors."""
     numbers = {"scale": q.shape[-1] ** -0.5, "window_left": -1, "window_right": -1} | numbers
