@@ -38,8 +38,10 @@ def near(got, want, what):
         return
     if want.dtype == torch.int8:
         relative, step = 0.0, 1.0
+    elif want.dtype == torch.float8_e4m3fn:  # one code
+        relative, step = 0.126, 2.0**-9
     elif want.is_floating_point():
-        relative = max(32 * torch.finfo(want.dtype).eps, 1e-4)
+        relative = max(4 * torch.finfo(want.dtype).eps, 1e-4)
         step = relative * max(1.0, float(want.float().nan_to_num(0.0, 0.0, 0.0).abs().max()))
     else:
         relative = step = 0.0

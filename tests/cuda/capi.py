@@ -16,7 +16,6 @@ from tests.cuda import both
 
 MAX_DIMS = 5
 MESSAGE = 512
-UNSUPPORTED = 3
 DTYPES = {
     torch.float32: 1, torch.float16: 2, torch.bfloat16: 3, torch.int32: 4, torch.int64: 5, torch.bool: 6,
     torch.float64: 7, torch.uint8: 8, torch.int8: 9, torch.float8_e4m3fn: 10,
