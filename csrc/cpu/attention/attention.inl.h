@@ -8,6 +8,9 @@
 #include "cpu/attention/attention_softmax.inl.h"
 // (modes need RowState)
 #include "cpu/attention/attention_modes.inl.h"
+// (all of those)
+#include "cpu/attention/attention_direct.inl.h"
+#include "cpu/attention/attention_lanes.inl.h"
 // (decoding needs kIsBf16)
 #include "cpu/attention/attention_quant.inl.h"
 #include "cpu/attention/attention_scales.inl.h"
@@ -80,7 +83,25 @@ template <>
 constexpr bool kReadsCodes<Nibbles> = true;
 #endif
 
+// Whether a mode holds a query row in each lane, and takes the softmax itself.
+template <class Mode, class = void>
+constexpr bool kInLanes = false;
+template <class Mode>
+constexpr bool kInLanes<Mode, decltype(void(Mode::kInLanes))> = true;
+
 // ---- the loop ------------------------------------------------------------------------------------------------------
+
+template <class Mode, class T>
+Row finished(Mode& mode, const Work<T>& w, int h, int r) {
+  if constexpr (kInLanes<Mode>) {
+    return mode.row(h, r);
+  } else {
+    const RowState st = w.state(h);
+    float* o = st.o + static_cast<int64_t>(r) * w.VP;
+    mode.finish(o);
+    return {o, st.m[r], vsum(vload(st.l + r * kPad))};
+  }
+}
 
 template <class Mode, class Source, class Epilogue, bool kGeneral>
 void tile_loop(const AttentionParams& p, const AttentionItem& it, const Sequence& seq, float* scratch) {
@@ -107,16 +128,20 @@ void tile_loop(const AttentionParams& p, const AttentionItem& it, const Sequence
 
   Mode mode(w, p);
   const auto all = static_cast<size_t>(w.rows * w.heads);
-  for (size_t r = 0; r < all; ++r) w.st.m[r] = kNegInf;
-  std::memset(w.st.l, 0, sizeof(float) * kPad * all);
+  if constexpr (!kInLanes<Mode>) {
+    for (size_t r = 0; r < all; ++r) w.st.m[r] = kNegInf;
+    std::memset(w.st.l, 0, sizeof(float) * kPad * all);
+  }
   std::memset(w.st.o, 0, sizeof(float) * static_cast<size_t>(w.VP) * all);
   const auto run_length = [&](int64_t key) { return static_cast<int>(last - key < w.tile ? last - key : w.tile); };
   if constexpr (!Source::kDecodes)
     if (first < last) source.rows(first, run_length(first), w.kr + w.tile, w.vr + w.tile);
-  if constexpr (kReadsCodes<Mode>) mode.begin(run_length(first));
+  if constexpr (kReadsCodes<Mode> || kInLanes<Mode>) mode.begin(run_length(first));
   for (int h = 0; h < w.heads; ++h) {
     if constexpr (kReadsCodes<Mode>) {
       mode.load_q(it, seq, h);
+    } else if constexpr (kInLanes<Mode>) {
+      mode.load_q(p, it, seq, h);
     } else {
       load_q_rows(p, it, seq, w, h);
     }
@@ -141,12 +166,20 @@ void tile_loop(const AttentionParams& p, const AttentionItem& it, const Sequence
       const int seen = hi[r1] - key < n ? static_cast<int>(hi[r1] - key) : n;
       const bool masked = lo[r1] > key || hi[r0] < key + seen;
       mode.scores(r0, rows, seen);
-      for (int h = 0; h < w.heads; ++h) {
-        RowState st = w.state(h);
-        ScoreTile t{w.s + h * rows * w.BK, w.BK, w.p16 + h * rows * (w.BK / 2), w.BK / 2, key, seen, masked};
-        softmax_rows<kGeneral, kExpDegree<T>, Mode::kBf16P>(p, it, it.hkv + h, seq, st, r0, rows, t);
+      if constexpr (kInLanes<Mode>) {
+        mode.softmax(p, key, seen, masked);
+        if (masked && !mode.v_finite(seen)) {
+          mode.accumulate_seen(seen);
+          continue;
+        }
+      } else {
+        for (int h = 0; h < w.heads; ++h) {
+          RowState st = w.state(h);
+          ScoreTile t{w.s + h * rows * w.BK, w.BK, w.p16 + h * rows * (w.BK / 2), w.BK / 2, key, seen, masked};
+          softmax_rows<kGeneral, kExpDegree<T>, Mode::kBf16P>(p, it, it.hkv + h, seq, st, r0, rows, t);
+        }
       }
-      if constexpr (!kReadsCodes<Mode>) {
+      if constexpr (!kReadsCodes<Mode> && !kInLanes<Mode>) {
         if ((masked || p.bias) && !mode.v_finite(seen)) {
           for (int h = 0; h < w.heads; ++h) accumulate_seen<T, Mode::kBf16P>(w, h, r0, rows, seen);
           continue;
@@ -156,27 +189,25 @@ void tile_loop(const AttentionParams& p, const AttentionItem& it, const Sequence
     }
   }
   for (int h = 0; h < w.heads; ++h) {
-    const RowState st = w.state(h);
     for (int r = 0; r < w.rows; ++r) {
-      const float m = kGeneral ? st.m[r] : st.m[r] * p.scale;
-      float* o = st.o + static_cast<int64_t>(r) * w.VP;
-      mode.finish(o);
+      const Row row = finished(mode, w, h, r);
       if (Source::kDecodes && it.v_factor != 1.0f)
-        for (int d = 0; d < w.VP; d += W) vstore(o + d, vmul(vload(o + d), vset(it.v_factor)));
-      Epilogue::row(p, it, seq, h, r, o, m, vsum(vload(st.l + r * kPad)));
+        for (int d = 0; d < w.VP; d += W) vstore(row.o + d, vmul(vload(row.o + d), vset(it.v_factor)));
+      Epilogue::row(p, it, seq, h, r, row.o, kGeneral ? row.m : row.m * p.scale, row.l);
     }
   }
 }
 
 // ---- choice of instantiation ---------------------------------------------------------------------------------------
 
+// Whether scores take more than a positive factor.
+inline bool is_general(const AttentionParams& p) { return p.softcap > 0.0f || p.bias || p.alibi || !(p.scale > 0.0f); }
+
 template <class Mode, class Source, class Epilogue>
 void run_general(const AttentionParams& p, const AttentionItem& it, const Sequence& s, float* scratch) {
-  if (p.softcap > 0.0f || p.bias || p.alibi || !(p.scale > 0.0f)) {
-    tile_loop<Mode, Source, Epilogue, true>(p, it, s, scratch);
-  } else {
-    tile_loop<Mode, Source, Epilogue, false>(p, it, s, scratch);
-  }
+  if constexpr (!kInLanes<Mode>)
+    if (is_general(p)) return tile_loop<Mode, Source, Epilogue, true>(p, it, s, scratch);
+  tile_loop<Mode, Source, Epilogue, false>(p, it, s, scratch);
 }
 
 template <class Mode, class Source>
@@ -191,6 +222,8 @@ void run_epilogue(const AttentionParams& p, const AttentionItem& it, const Seque
 template <class Source>
 void run_mode(const AttentionParams& p, const AttentionItem& it, const Sequence& s, float* scratch) {
   using T = typename Source::Elem;
+  if constexpr (!Source::kDecodes && W >= 8)
+    if (!is_general(p) && Lanes<T>::fits(it)) return run_epilogue<Lanes<T>, Source>(p, it, s, scratch);
   if (it.rows <= kDirectRows) {
     run_epilogue<Direct<T>, Source>(p, it, s, scratch);
   } else {

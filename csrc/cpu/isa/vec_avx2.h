@@ -133,6 +133,9 @@ FASTOPS_INLINE void vtranspose(vf r[W]) {
     r[i + 4] = _mm256_permute2f128_ps(u[i], u[i + 4], 0x31);
   }
 }
+// The lower, and the upper, halves of both.
+FASTOPS_INLINE vf vjoin_low(vf a, vf b) { return _mm256_permute2f128_ps(a, b, 0x20); }
+FASTOPS_INLINE vf vjoin_high(vf a, vf b) { return _mm256_permute2f128_ps(a, b, 0x31); }
 // Lane i of the result is the sum of a[i].
 FASTOPS_INLINE vf vreduce(const vf a[W]) {
   const vf s0 = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));

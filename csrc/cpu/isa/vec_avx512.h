@@ -132,6 +132,9 @@ FASTOPS_INLINE void vtranspose(vf r[W]) {
     r[i + 12] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0xdd);
   }
 }
+// The lower, and the upper, halves of both.
+FASTOPS_INLINE vf vjoin_low(vf a, vf b) { return _mm512_shuffle_f32x4(a, b, 0x44); }
+FASTOPS_INLINE vf vjoin_high(vf a, vf b) { return _mm512_shuffle_f32x4(a, b, 0xee); }
 // Lane i of the result is the sum of a[i]: a transposition that adds at every step, 30 shuffles instead of 64.
 FASTOPS_INLINE vf vreduce(const vf a[W]) {
   vf b[8], c[4], d[2];

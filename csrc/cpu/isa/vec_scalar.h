@@ -91,6 +91,9 @@ FASTOPS_INLINE void vtranspose(vf r[W]) {
       r[j][i] = t;
     }
 }
+// The lower, and the upper, halves of both.
+FASTOPS_INLINE vf vjoin_low(vf a, vf b) { return vf{a[0], a[1], b[0], b[1]}; }
+FASTOPS_INLINE vf vjoin_high(vf a, vf b) { return vf{a[2], a[3], b[2], b[3]}; }
 FASTOPS_INLINE vf vreduce(const vf a[W]) { return vf{vsum(a[0]), vsum(a[1]), vsum(a[2]), vsum(a[3])}; }
 
 // Integers: W lanes of 32 bits, or 4 W bytes.

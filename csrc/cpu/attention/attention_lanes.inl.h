@@ -1,0 +1,407 @@
+// Decode with a query row in every lane. Where the rows of an item fill a vector (a few KV heads that lie next to each
+// other, times the query heads that share each), the scores of a key are one vector for every W rows, so the softmax
+// needs no horizontal step, its results stand where the products with V want them, and keys are taken one by one, in
+// the order in which they lie in memory.
+namespace fastops::cpu::FASTOPS_ISA {
+namespace {
+
+template <class T>
+struct Lanes : Direct<T> {
+  using Direct<T>::w;
+  static constexpr bool kInLanes = true;
+  // Heads share a block of lanes as long as their rows fit: a whole vector, or half of one, whose products take two
+  // keys at once. That loads less, but leaves the order of the memory further, which costs more where rows are long.
+  static constexpr int block_lanes(int rows) { return sizeof(T) == 2 && rows <= W / 2 ? W / 2 : W; }
+  static constexpr int kUnit = kDot16<T> ? 2 * W : W;  // elements of a row that a vector of q holds
+  static constexpr int kKeysPerWeight = kDot16<T> ? 2 : 1;
+  int in_block, group;  // heads of a block, and of a vector
+  int groups, lanes;    // vectors of all rows, and W times as many; heads there are not stand for the last one
+  float *m, *l;         // [lanes]
+  int64_t k_at[kDirectHeads + W];  // where the heads of each block start within the row of a key
+
+  Lanes(Work<T>& work, const AttentionParams& p) : Direct<T>(work, p) {
+    in_block = block_lanes(w.rows) / w.rows;
+    group = W / block_lanes(w.rows) * in_block;
+    groups = (w.heads + group - 1) / group;
+    lanes = groups * W;
+    this->block = this->keys(8 << 10, 2, kDirectKeys);
+    this->lead = this->keys(8 << 10, 1, kDirectKeys);
+    if (this->lead < this->block) this->lead = this->block;
+    this->plan_tile(lanes);
+    l = w.st.l;
+    m = l + lanes;
+    for (int h = 0; h < groups * group; ++h) k_at[h] = (h < w.heads ? h : w.heads - 1) * w.k_step;
+    for (int i = 0; i < lanes; i += W) {
+      vstore(m + i, vset(kNegInf));
+      vstore(l + i, vzero());
+    }
+    std::memset(w.q, 0, sizeof(float) * static_cast<size_t>(lanes * q_steps() * W));
+  }
+
+  // Whether the rows fill the lanes well enough.
+  static bool fits(const AttentionItem& it) {
+    if (W < 8 || it.heads < 2 || it.rows > kDirectRows) return false;
+    const int rows = static_cast<int>(it.rows), lanes = block_lanes(rows);
+    const int64_t in_block = lanes / rows;
+    return 5 * it.heads * rows >= 3 * lanes * ((it.heads + in_block - 1) / in_block);
+  }
+
+  int q_steps() const { return (w.D + kUnit - 1) / kUnit; }
+  int lane_of(int h, int r) const { return h / in_block * block_lanes(w.rows) + h % in_block * w.rows + r; }
+
+  // q as [vectors of rows][steps along D][W lanes][units].
+  void load_q(const AttentionParams& p, const AttentionItem& it, const Sequence& seq, int h) {
+    const T* base = reinterpret_cast<const T*>(p.q) + it.b * p.q_sb + seq.q0 * p.q_ss + (it.hkv + h) * p.G * p.q_sh;
+    const int steps = q_steps();
+    for (int r = 0; r < w.rows; ++r) {
+      const int64_t at = it.row0 + r;
+      const T* src = base + at / p.G * p.q_ss + at % p.G * p.q_sh;
+      float* dst = w.q + (static_cast<int64_t>(h / group) * steps * W + lane_of(h, r) % W) * W;
+      for (int d = 0; d < w.D; d += kUnit, dst += W * W) {
+        const int left = w.D - d;
+#if defined(FASTOPS_HAS_BF16_DOT)
+        if constexpr (kDot16<T>) {
+          vistore(dst, _mm512_maskz_loadu_epi16(left >= kUnit ? 0xffffffffu : (1u << left) - 1u, src + d));
+          continue;
+        }
+#endif
+        vstore(dst, left >= W ? vload(src + d) : vloadn(src + d, left));
+      }
+    }
+  }
+
+  // The first keys of an item, whose rows nobody has asked for yet.
+  void begin(int n) const {
+    RowStream first(w.kr + w.tile, n < this->lead ? n : this->lead, this->k_bytes, nullptr, 0, 0);
+    first.step(1 << 10);
+  }
+
+  // [JB keys][block of lanes] = q k^T, of JB keys and the heads of a block.
+  template <int RB>
+  static FASTOPS_INLINE vf dots(RowStream& stream, const T* const* rows, const int64_t* at, int dim, const float* q) {
+    constexpr int kBlock = block_lanes(RB), JB = W / kBlock, HB = kBlock / RB;
+    constexpr int kLine = 64 / static_cast<int>(sizeof(T)), kLines = JB * HB;
+    vf acc[W];
+    FASTOPS_UNROLL
+    for (int i = 0; i < W; ++i) acc[i] = vzero();
+    const T* k[JB * HB];
+    FASTOPS_UNROLL
+    for (int h = 0; h < HB; ++h) {
+      FASTOPS_UNROLL
+      for (int j = 0; j < JB; ++j) k[h * JB + j] = rows[j] + at[h];
+    }
+    constexpr int kSpan = kLine > kUnit ? kLine : kUnit;
+    int d = 0;
+    for (; d + kSpan <= dim; d += kSpan) {
+      const RowStream::Lines lines = stream.take<kLines>();
+      FASTOPS_UNROLL
+      for (int u = 0; u < kSpan; u += kUnit, q += W * W) {
+        step<RB, true>(acc, k, d + u, kUnit, q, [&](int i) FASTOPS_LAMBDA {
+          lines.ask<kLines>(u / kUnit * HB * RB + i, kSpan / kUnit * HB * RB);
+        });
+      }
+    }
+    if (d < dim) stream.step(kLines);
+    for (; d < dim; d += kUnit, q += W * W)
+      step<RB, false>(acc, k, d, dim - d < kUnit ? dim - d : kUnit, q, [](int) FASTOPS_LAMBDA {});
+    return vreduce(acc);
+  }
+  // One vector of each row. `ask` is called with the number of every lane.
+  template <int RB, bool kWhole, size_t kRows, class Ask>
+  static FASTOPS_INLINE void step(vf (&acc)[W], const T* const (&k)[kRows], int d, int n, const float* q, Ask&& ask) {
+    constexpr int kBlock = block_lanes(RB), JB = W / kBlock, HB = kBlock / RB;
+    FASTOPS_UNROLL
+    for (int h = 0; h < HB; ++h) {
+#if defined(FASTOPS_HAS_BF16_DOT)
+      if constexpr (kDot16<T>) {
+        __m512bh x[JB];
+        FASTOPS_UNROLL
+        for (int j = 0; j < JB; ++j) {
+          const T* from = k[h * JB + j] + d;
+          x[j] = (__m512bh)(kWhole ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi16((1u << n) - 1u, from));
+        }
+        FASTOPS_UNROLL
+        for (int i = h * RB; i < (h + 1) * RB; ++i) {
+          const __m512bh y = (__m512bh)_mm512_loadu_si512(q + i * W);
+          FASTOPS_UNROLL
+          for (int j = 0; j < JB; ++j) acc[j * kBlock + i] = _mm512_dpbf16_ps(acc[j * kBlock + i], y, x[j]);
+          ask(i);
+        }
+        continue;
+      }
+#endif
+      vf x[JB];
+      FASTOPS_UNROLL
+      for (int j = 0; j < JB; ++j) x[j] = kWhole ? vload(k[h * JB + j] + d) : vloadn(k[h * JB + j] + d, n);
+      FASTOPS_UNROLL
+      for (int i = h * RB; i < (h + 1) * RB; ++i) {
+        const vf y = vload(q + i * W);
+        FASTOPS_UNROLL
+        for (int j = 0; j < JB; ++j) acc[j * kBlock + i] = vfma(y, x[j], acc[j * kBlock + i]);
+        ask(i);
+      }
+    }
+  }
+
+  // Scores as [keys][lanes].
+  void scores(int, int, int n) {
+    using Of = void (Lanes::*)(int);
+    static constexpr Of kOf[] = {&Lanes::scores_of<1>, &Lanes::scores_of<2>, &Lanes::scores_of<3>,
+                                 &Lanes::scores_of<4>, &Lanes::scores_of<5>, &Lanes::scores_of<6>,
+                                 &Lanes::scores_of<7>, &Lanes::scores_of<8>};
+    (this->*kOf[w.rows - 1])(n);
+  }
+  template <int RB>
+  void scores_of(int n) {
+    constexpr int kBlock = block_lanes(RB), JB = W / kBlock, HB = kBlock / RB;
+    const int now = this->lead < n ? this->lead : n, dim = w.D, vectors = groups, heads = w.heads;
+    RowStream stream(w.kr + now, n - now, this->k_bytes, w.vr, now, this->v_bytes);
+    const T* const* rows = w.kr;
+    const int64_t q_step = static_cast<int64_t>(q_steps()) * W * W, pitch = lanes;
+    float* s = w.s;
+    for (int j = 0; j < n; j += JB, s += JB * pitch) {  // the key behind an odd last one is that one again
+      const float* q = w.q;
+      const int64_t* at = k_at;
+      for (int g = 0; g < vectors; ++g, at += JB * HB, q += q_step) {
+        const vf a = dots<RB>(stream, rows + j, at, dim, q);
+        if constexpr (JB == 1) {
+          vstore(s + g * W, a);
+        } else {
+          const vf b = g * group + HB < heads ? dots<RB>(stream, rows + j, at + HB, dim, q + kBlock * W) : a;
+          vstore(s + g * W, vjoin_low(a, b));
+          vstore(s + pitch + g * W, vjoin_high(a, b));
+        }
+      }
+    }
+  }
+
+  // Scores into probabilities, as softmax_rows has it (attention_softmax.inl.h): [keys][lanes] where they stand, or
+  // [pairs of keys][lanes] of two bf16.
+  void softmax(const AttentionParams& p, int64_t key, int n, bool masked) {
+    const float c = p.scale * kLog2e;
+    for (int g = 0; g < groups; ++g) {
+      float* s = w.s + g * W;
+      if (masked) mask(s, key, n);
+      vf top = vload(s), other = top;
+      int j = 1;
+      for (; j + 1 < n; j += 2) {
+        top = vmax(top, vload(s + static_cast<int64_t>(j) * lanes));
+        other = vmax(other, vload(s + static_cast<int64_t>(j + 1) * lanes));
+      }
+      if (j < n) top = vmax(top, vload(s + static_cast<int64_t>(j) * lanes));
+      top = vmax(top, other);
+      const vf rise = vmul(vsub(top, vload(m + g * W)), vset(c));
+      if (vsum(vkeep_ge(vset(1.0f), rise, kRescaleLog2)) != 0.0f) rescale(g, top, c);
+      const vf max = vload(m + g * W);
+      const vf mc = vmul(vselect_gt(max, vset(kNegInf), max, vzero()), vset(-c)), cv = vset(c);
+      vf sum = vzero();
+#if defined(FASTOPS_HAS_BF16_DOT)
+      if constexpr (kDot16<T>) {
+        const __m512i pairs = _mm512_or_si512(
+            _mm512_cvtepu16_epi32(_mm256_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)),
+            _mm512_slli_epi32(_mm512_setr_epi32(16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31), 16));
+        float* to = w.p16 + g * W;
+        for (j = 0; j < n; j += 2, to += lanes) {
+          const float* x = s + static_cast<int64_t>(j) * lanes;
+          const vf a = vexp2<kExpDegree<T>>(vfma(vload(x), cv, mc));
+          const vf b = j + 1 < n ? vexp2<kExpDegree<T>>(vfma(vload(x + lanes), cv, mc)) : vzero();
+          sum = vadd(sum, vadd(a, b));
+          vistore(to, _mm512_permutexvar_epi16(pairs, (__m512i)_mm512_cvtne2ps_pbh(b, a)));
+        }
+      } else
+#endif
+      {
+        for (j = 0; j < n; ++j) {
+          float* x = s + static_cast<int64_t>(j) * lanes;
+          const vf e = vexp2<kExpDegree<T>>(vfma(vload(x), cv, mc));
+          sum = vadd(sum, e);
+          vstore(x, e);
+        }
+      }
+      vstore(l + g * W, vadd(vload(l + g * W), sum));
+    }
+  }
+
+  // Keys that a row does not see count as -inf.
+  __attribute__((noinline)) void mask(float* s, int64_t key, int n) const {
+    float lo[W] = {}, hi[W] = {};
+    for (int i = 0; i < W; ++i) {
+      const int r = i % block_lanes(w.rows) % w.rows;
+      const int64_t a = w.st.lo[r] - key, b = w.st.hi[r] - key;
+      lo[i] = static_cast<float>(a < 0 ? 0 : a < n ? a : n);
+      hi[i] = static_cast<float>(b < 0 ? 0 : b < n ? b : n);
+    }
+    for (int j = 0; j < n; ++j) {
+      float* x = s + static_cast<int64_t>(j) * lanes;
+      const vf at = vset(static_cast<float>(j)), none = vset(kNegInf);
+      vstore(x, vselect_gt(vload(lo), at, none, vselect_gt(vload(hi), at, vload(x), none)));
+    }
+  }
+
+  // Rows whose maximum has grown too far beyond the one in use.
+  __attribute__((noinline)) void rescale(int g, vf top, float c) {
+    float tile_max[W];
+    vstore(tile_max, top);
+    for (int i = 0; i < W; ++i) {
+      float& old = m[g * W + i];
+      if (tile_max[i] <= old || (tile_max[i] - old) * c <= kRescaleLog2) continue;
+      const int at = i % block_lanes(w.rows), r = at % w.rows;
+      const int h = g * group + i / block_lanes(w.rows) * in_block + at / w.rows;
+      if (old != kNegInf && at < in_block * w.rows && h < w.heads) {
+        const vf alpha = vexp2<6>(vset((old - tile_max[i]) * c));
+        parts(h, r, [&](float* o, int, int width) {
+          for (int d = 0; d < width; d += W) vstore(o + d, vmul(alpha, vload(o + d)));
+        });
+        l[g * W + i] *= lane0(alpha);
+      }
+      old = tile_max[i];
+    }
+  }
+
+  // The accumulator: for each head [parts][rows][width], parts of kPart vectors, then of one.
+  static constexpr int part_vectors(int rows) {
+    return W == 16 ? (rows <= 4 ? 4 : rows <= 6 ? 3 : 2) : rows <= 2 ? 4 : rows <= 4 ? 2 : 1;
+  }
+  template <class F>
+  void parts(int h, int r, F&& f) const {
+    const int wide = part_vectors(w.rows) * W;
+    float* o = w.st.o + static_cast<int64_t>(h) * w.rows * w.VP;
+    for (int d = 0, width; d < w.Dv; d += width) {
+      width = d + wide <= w.Dv ? wide : W;
+      f(o + static_cast<int64_t>(d) * w.rows + r * width, d, width);
+    }
+  }
+
+  // o[RB rows][NV vectors] += probabilities times values of the keys [j0, j1), at column `at` of their rows. n < W: the
+  // last, partial vector (then NV is 1).
+  template <int RB, int NV>
+  static FASTOPS_INLINE void weigh(RowStream& stream, const T* const* rows, int64_t at, const float* weights,
+                                   int64_t lanes, float* o, int j0, int j1, int n) {
+    constexpr int kLines = kKeysPerWeight * (NV * W * static_cast<int>(sizeof(T)) / 64);
+    vf acc[RB][NV];
+    FASTOPS_UNROLL
+    for (int r = 0; r < RB; ++r) {
+      FASTOPS_UNROLL
+      for (int c = 0; c < NV; ++c) acc[r][c] = vload(o + (r * NV + c) * W);
+    }
+#if defined(FASTOPS_HAS_BF16_DOT)
+    if constexpr (kDot16<T>) {
+      const __m512i low = _mm512_or_si512(
+          _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+          _mm512_slli_epi32(_mm512_setr_epi32(32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43, 44, 45, 46, 47), 16));
+      const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+      for (int j = j0; j < j1; j += 2, weights += lanes) {
+        if (kLines == 0 && at * static_cast<int64_t>(sizeof(T)) % 64 == 0) stream.step(kKeysPerWeight);
+        const RowStream::Lines lines = kLines > 0 ? stream.take<kLines>() : RowStream::Lines();
+        const T *a = rows[j] + at, *b = rows[j + 1] + at;
+        __m512i x[NV];
+        if constexpr (NV == 1) {
+          const __mmask16 m = vfirst(n);
+          x[0] = _mm512_permutex2var_epi16(_mm512_maskz_loadu_epi16(m, a), low, _mm512_maskz_loadu_epi16(m, b));
+        } else {
+          FASTOPS_UNROLL
+          for (int c = 0; c + 1 < NV; c += 2) {
+            const __m512i va = _mm512_loadu_si512(a + c * W), vb = _mm512_loadu_si512(b + c * W);
+            x[c] = _mm512_permutex2var_epi16(va, low, vb);
+            x[c + 1] = _mm512_permutex2var_epi16(va, high, vb);
+          }
+          if constexpr (NV % 2 == 1)
+            x[NV - 1] = _mm512_permutex2var_epi16(
+                _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(a + (NV - 1) * W))), low,
+                _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(b + (NV - 1) * W))));
+        }
+        FASTOPS_UNROLL
+        for (int r = 0; r < RB; ++r) {
+          const __m512bh pj = (__m512bh)_mm512_castps_si512(vset(weights[r]));
+          FASTOPS_UNROLL
+          for (int c = 0; c < NV; ++c) acc[r][c] = _mm512_dpbf16_ps(acc[r][c], pj, (__m512bh)x[c]);
+          lines.ask<kLines>(r, RB);
+        }
+      }
+    } else
+#endif
+    {
+      for (int j = j0; j < j1; ++j, weights += lanes) {
+        if (kLines == 0 && at * static_cast<int64_t>(sizeof(T)) % 64 == 0) stream.step(kKeysPerWeight);
+        const RowStream::Lines lines = kLines > 0 ? stream.take<kLines>() : RowStream::Lines();
+        const T* v = rows[j] + at;
+        vf x[NV];
+        FASTOPS_UNROLL
+        for (int c = 0; c < NV; ++c) x[c] = NV > 1 || n >= W ? vload(v + c * W) : vloadn(v, n);
+        FASTOPS_UNROLL
+        for (int r = 0; r < RB; ++r) {
+          const vf pj = vset(weights[r]);
+          FASTOPS_UNROLL
+          for (int c = 0; c < NV; ++c) acc[r][c] = vfma(pj, x[c], acc[r][c]);
+          lines.ask<kLines>(r, RB);
+        }
+      }
+    }
+    FASTOPS_UNROLL
+    for (int r = 0; r < RB; ++r) {
+      FASTOPS_UNROLL
+      for (int c = 0; c < NV; ++c) vstore(o + (r * NV + c) * W, acc[r][c]);
+    }
+  }
+
+  const float* weights() const { return kDot16<T> ? w.p16 : w.s; }
+
+  void accumulate(int, int, int n) {
+    using Of = void (Lanes::*)(int);
+    static constexpr Of kOf[] = {&Lanes::accumulate_of<1>, &Lanes::accumulate_of<2>, &Lanes::accumulate_of<3>,
+                                 &Lanes::accumulate_of<4>, &Lanes::accumulate_of<5>, &Lanes::accumulate_of<6>,
+                                 &Lanes::accumulate_of<7>, &Lanes::accumulate_of<8>};
+    (this->*kOf[w.rows - 1])(n);
+  }
+  template <int RB>
+  void accumulate_of(int n) {
+    constexpr int kBlock = block_lanes(RB), HB = kBlock / RB, NV = part_vectors(RB);
+    if (n % 2 == 1) w.vr[n] = w.vr[n - 1];  // stands beside a probability of 0
+    const int now = this->lead < n ? this->lead : n, dim = w.Dv;
+    RowStream stream(w.vr + now, n - now, this->v_bytes, w.kr + w.tile,
+                     this->lead < this->next ? this->lead : this->next, this->k_bytes);
+    const int64_t head_o = static_cast<int64_t>(RB) * w.VP, v_step = w.v_step, pitch = lanes;
+    const T* const* v = w.vr;
+    for (int j = 0; j < n; j += this->block) {
+      const int end = j + this->block < n ? j + this->block : n;
+      const float* x = weights() + j / kKeysPerWeight * pitch;
+      float* o = w.st.o;
+      for (int h = 0; h < w.heads; ++h, o += head_o) {
+        const float* mine = x + h / HB * kBlock + h % HB * RB;
+        int d = 0;
+        for (; d + NV * W <= dim; d += NV * W)
+          weigh<RB, NV>(stream, v, h * v_step + d, mine, pitch, o + d * RB, j, end, W);
+        for (; d < dim; d += W) weigh<RB, 1>(stream, v, h * v_step + d, mine, pitch, o + d * RB, j, end, dim - d);
+      }
+    }
+  }
+
+  // accumulate() key by key, without those of probability 0 (attention_modes.inl.h, accumulate_seen).
+  __attribute__((noinline)) void accumulate_seen(int n) {
+    for (int h = 0; h < w.heads; ++h)
+      for (int r = 0; r < w.rows; ++r)
+        for (int j = 0; j < n; ++j) {
+          const float* x = weights() + static_cast<int64_t>(j / kKeysPerWeight) * lanes + lane_of(h, r);
+          const float pj = kDot16<T> ? to_f32(reinterpret_cast<const bf16*>(x)[j % 2]) : *x;
+          if (pj == 0.0f) continue;
+          const T* v = w.vr[j] + h * w.v_step;
+          parts(h, r, [&](float* o, int at, int width) {
+            for (int d = 0; d < width; d += W) {
+              const int left = w.Dv - at - d;
+              vstore(o + d, vfma(vset(pj), left >= W ? vload(v + at + d) : vloadn(v + at + d, left), vload(o + d)));
+            }
+          });
+        }
+  }
+
+  Row row(int h, int r) {
+    float* to = w.k;  // Packed's room
+    parts(h, r, [&](float* o, int at, int width) {
+      for (int d = 0; d < width; d += W) vstore(to + at + d, vload(o + d));
+    });
+    return {to, m[lane_of(h, r)], l[lane_of(h, r)]};
+  }
+};
+
+}  // namespace
+}  // namespace fastops::cpu::FASTOPS_ISA
