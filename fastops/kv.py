@@ -278,11 +278,13 @@ class PagedCache:
             shape: tuple[int, ...] = (pages, page // side.tokens, heads)
             if side.channels:
                 shape = (*shape, d // side.channels)
-            stored = (pages, heads, page) if len(shape) == 3 else shape  # the kernel reads 16 tokens of a head at once
+            # 8-bit kernels read 16 tokens of a head at once, the one of 4 bits all heads of a token
+            turned = len(shape) == 3 and side.bits == 8
+            stored = (pages, heads, page) if turned else shape
             for name, value in (("scale", 1.0), (side.shift, 0.0)):
                 if name:
                     t = torch.full(stored, value, dtype=side.scale_dtype, device=device)
-                    numbers[f"{role}_{name}"] = t.transpose(1, 2) if len(shape) == 3 else t
+                    numbers[f"{role}_{name}"] = t.transpose(1, 2) if turned else t
             numbers[f"{role}_bits"] = side.packed_bits
         self.recent = recent if self.format.recent else 0
         if self.format.recent:

@@ -73,27 +73,11 @@ struct Partial {
   }
 };
 
-// Whether a mode multiplies codes and needs their scales.
-template <class Mode>
-constexpr bool kReadsCodes = false;
-#if defined(FASTOPS_HAS_VNNI)
-template <int kKind>
-constexpr bool kReadsCodes<Codes<kKind>> = true;
-template <>
-constexpr bool kReadsCodes<Nibbles> = true;
-#endif
-
-// Whether a mode holds a query row in each lane, and takes the softmax itself.
-template <class Mode, class = void>
-constexpr bool kInLanes = false;
-template <class Mode>
-constexpr bool kInLanes<Mode, decltype(void(Mode::kInLanes))> = true;
-
 // ---- the loop ------------------------------------------------------------------------------------------------------
 
 template <class Mode, class T>
 Row finished(Mode& mode, const Work<T>& w, int h, int r) {
-  if constexpr (kInLanes<Mode>) {
+  if constexpr (Mode::kInLanes) {
     return mode.row(h, r);
   } else {
     const RowState st = w.state(h);
@@ -128,7 +112,7 @@ void tile_loop(const AttentionParams& p, const AttentionItem& it, const Sequence
 
   Mode mode(w, p);
   const auto all = static_cast<size_t>(w.rows * w.heads);
-  if constexpr (!kInLanes<Mode>) {
+  if constexpr (!Mode::kInLanes) {
     for (size_t r = 0; r < all; ++r) w.st.m[r] = kNegInf;
     std::memset(w.st.l, 0, sizeof(float) * kPad * all);
   }
@@ -136,11 +120,9 @@ void tile_loop(const AttentionParams& p, const AttentionItem& it, const Sequence
   const auto run_length = [&](int64_t key) { return static_cast<int>(last - key < w.tile ? last - key : w.tile); };
   if constexpr (!Source::kDecodes)
     if (first < last) source.rows(first, run_length(first), w.kr + w.tile, w.vr + w.tile);
-  if constexpr (kReadsCodes<Mode> || kInLanes<Mode>) mode.begin(run_length(first));
+  if constexpr (Mode::kReadsCodes || Mode::kInLanes) mode.begin(run_length(first));
   for (int h = 0; h < w.heads; ++h) {
-    if constexpr (kReadsCodes<Mode>) {
-      mode.load_q(it, seq, h);
-    } else if constexpr (kInLanes<Mode>) {
+    if constexpr (Mode::kReadsCodes || Mode::kInLanes) {
       mode.load_q(p, it, seq, h);
     } else {
       load_q_rows(p, it, seq, w, h);
@@ -158,7 +140,7 @@ void tile_loop(const AttentionParams& p, const AttentionItem& it, const Sequence
       }
       source.rows(key + n, next, w.kr + w.tile, w.vr + w.tile);
       mode.prepare(n, next);
-      if constexpr (kReadsCodes<Mode>) mode.scales(it, source.table, key, n);
+      if constexpr (Mode::kReadsCodes) mode.scales(it, source.table, key, n);
     }
     for (int r0 = 0; r0 < w.rows; r0 += Mode::kRows) {
       const int rows = w.rows - r0 < Mode::kRows ? w.rows - r0 : Mode::kRows, r1 = r0 + rows - 1;
@@ -166,11 +148,13 @@ void tile_loop(const AttentionParams& p, const AttentionItem& it, const Sequence
       const int seen = hi[r1] - key < n ? static_cast<int>(hi[r1] - key) : n;
       const bool masked = lo[r1] > key || hi[r0] < key + seen;
       mode.scores(r0, rows, seen);
-      if constexpr (kInLanes<Mode>) {
+      if constexpr (Mode::kInLanes) {
         mode.softmax(p, key, seen, masked);
-        if (masked && !mode.v_finite(seen)) {
-          mode.accumulate_seen(seen);
-          continue;
+        if constexpr (!Mode::kReadsCodes) {
+          if (masked && !mode.v_finite(seen)) {
+            mode.accumulate_seen(seen);
+            continue;
+          }
         }
       } else {
         for (int h = 0; h < w.heads; ++h) {
@@ -179,7 +163,7 @@ void tile_loop(const AttentionParams& p, const AttentionItem& it, const Sequence
           softmax_rows<kGeneral, kExpDegree<T>, Mode::kBf16P>(p, it, it.hkv + h, seq, st, r0, rows, t);
         }
       }
-      if constexpr (!kReadsCodes<Mode> && !kInLanes<Mode>) {
+      if constexpr (!Mode::kReadsCodes && !Mode::kInLanes) {
         if ((masked || p.bias) && !mode.v_finite(seen)) {
           for (int h = 0; h < w.heads; ++h) accumulate_seen<T, Mode::kBf16P>(w, h, r0, rows, seen);
           continue;
@@ -205,7 +189,7 @@ inline bool is_general(const AttentionParams& p) { return p.softcap > 0.0f || p.
 
 template <class Mode, class Source, class Epilogue>
 void run_general(const AttentionParams& p, const AttentionItem& it, const Sequence& s, float* scratch) {
-  if constexpr (!kInLanes<Mode>)
+  if constexpr (!Mode::kInLanes)
     if (is_general(p)) return tile_loop<Mode, Source, Epilogue, true>(p, it, s, scratch);
   tile_loop<Mode, Source, Epilogue, false>(p, it, s, scratch);
 }
@@ -257,8 +241,11 @@ void attention_item(const AttentionParams& p, const AttentionItem& it, float* sc
     if (p.dtype != 1) {
       if (one_scale_a_key(p, it, kKvI8)) return run_codes<kKvI8>(p, it, s, scratch);
       if (one_scale_a_key(p, it, kKvU8)) return run_codes<kKvU8>(p, it, s, scratch);
-      if (one_scale_a_key(p, it, kKvU4)) {  // look-ups are as quick as integers, and quicker where rows are short
-        if (p.dtype == 3) return run_epilogue<Nibbles, PagedSource<Code<kKvU4>>>(p, it, s, scratch);
+      if (one_scale_a_key(p, it, kKvU4)) {
+#if defined(FASTOPS_HAS_BF16_DOT)
+        if (p.dtype == 3 && !is_general(p) && Nibbles::fits(p, it))
+          return run_epilogue<Nibbles, PagedSource<Code<kKvU4>>>(p, it, s, scratch);
+#endif
         return run_codes<kKvU4>(p, it, s, scratch);
       }
     }

@@ -81,7 +81,7 @@ struct Codes : CodeMode<kKind> {
 
   static FASTOPS_INLINE vi evens(vi bytes) { return _mm512_castsi256_si512(_mm512_cvtepi16_epi8(bytes)); }
 
-  void load_q(const AttentionItem& it, const Sequence& seq, int h) {
+  void load_q(const AttentionParams&, const AttentionItem& it, const Sequence& seq, int h) {
     if (p.dtype == 2) return load_q_as<f16>(it, seq, h);
     load_q_as<bf16>(it, seq, h);
   }

@@ -39,7 +39,7 @@ struct RowStream {
   // later, while there is still time.
   static constexpr int64_t kAgain = 2 << 10;
   FASTOPS_INLINE void step(int lines) {
-    for (; lines > 0; --lines, at += 64) {
+    _Pragma("GCC unroll 1") for (; lines > 0; --lines, at += 64) {
       if (at >= end && !advance()) return;
       vprefetch(at);
       vprefetch(at - again);
@@ -77,6 +77,8 @@ struct RowStream {
 template <class T>
 struct Direct {
   static constexpr bool kBf16P = kDot16<T>;
+  static constexpr bool kReadsCodes = false;
+  static constexpr bool kInLanes = false;
   static constexpr int kRows = kDirectRows;
   static constexpr int64_t kDecodedBytes = 64 << 10;  // of K, and as many of V: what L2 gives back quickly
   static constexpr int kStep = W / 4;                 // keys of a dot-product block that takes four rows or heads

@@ -5,29 +5,27 @@
 namespace fastops::cpu::FASTOPS_ISA {
 namespace {
 
-template <class T>
-struct Lanes : Direct<T> {
-  using Direct<T>::w;
+// Which lane holds which row, and what one softmax leaves to the next. Base: what reads the rows (Direct, CodeMode).
+// Heads share a block of lanes as long as their rows fit: a whole vector, or (kHalves) half of one where that is
+// enough.
+template <class Base, bool kHalves>
+struct LaneRows : Base {
+  using Base::w;
   static constexpr bool kInLanes = true;
-  // Heads share a block of lanes as long as their rows fit: a whole vector, or half of one, whose products take two
-  // keys at once. That loads less, but leaves the order of the memory further, which costs more where rows are long.
-  static constexpr int block_lanes(int rows) { return sizeof(T) == 2 && rows <= W / 2 ? W / 2 : W; }
-  static constexpr int kUnit = kDot16<T> ? 2 * W : W;  // elements of a row that a vector of q holds
-  static constexpr int kKeysPerWeight = kDot16<T> ? 2 : 1;
-  int in_block, group;  // heads of a block, and of a vector
-  int groups, lanes;    // vectors of all rows, and W times as many; heads there are not stand for the last one
-  float *m, *l;         // [lanes]
+  static constexpr int block_lanes(int rows) { return kHalves && rows <= W / 2 ? W / 2 : W; }
+  int in_block, group;    // heads of a block, and of a vector
+  int groups, lanes;      // vectors of all rows, and W times as many; heads there are not stand for the last one
+  int columns, part;      // of a row of o; columns that lie side by side in it, for as long as there are so many
+  float *m, *l;           // [lanes]
+  float* rest = nullptr;  // as many, or none: one more sum
   int64_t k_at[kDirectHeads + W];  // where the heads of each block start within the row of a key
 
-  Lanes(Work<T>& work, const AttentionParams& p) : Direct<T>(work, p) {
+  template <class... Args>
+  LaneRows(Args&&... args) : Base(args...) {
     in_block = block_lanes(w.rows) / w.rows;
     group = W / block_lanes(w.rows) * in_block;
     groups = (w.heads + group - 1) / group;
     lanes = groups * W;
-    this->block = this->keys(8 << 10, 2, kDirectKeys);
-    this->lead = this->keys(8 << 10, 1, kDirectKeys);
-    if (this->lead < this->block) this->lead = this->block;
-    this->plan_tile(lanes);
     l = w.st.l;
     m = l + lanes;
     for (int h = 0; h < groups * group; ++h) k_at[h] = (h < w.heads ? h : w.heads - 1) * w.k_step;
@@ -35,19 +33,124 @@ struct Lanes : Direct<T> {
       vstore(m + i, vset(kNegInf));
       vstore(l + i, vzero());
     }
-    std::memset(w.q, 0, sizeof(float) * static_cast<size_t>(lanes * q_steps() * W));
   }
 
   // Whether the rows fill the lanes well enough.
   static bool fits(const AttentionItem& it) {
     if (W < 8 || it.heads < 2 || it.rows > kDirectRows) return false;
-    const int rows = static_cast<int>(it.rows), lanes = block_lanes(rows);
-    const int64_t in_block = lanes / rows;
-    return 5 * it.heads * rows >= 3 * lanes * ((it.heads + in_block - 1) / in_block);
+    const int rows = static_cast<int>(it.rows), of = block_lanes(rows);
+    const int64_t in_block = of / rows;
+    return 5 * it.heads * rows >= 3 * of * ((it.heads + in_block - 1) / in_block);
   }
 
-  int q_steps() const { return (w.D + kUnit - 1) / kUnit; }
   int lane_of(int h, int r) const { return h / in_block * block_lanes(w.rows) + h % in_block * w.rows + r; }
+  int head_of(int lane) const { return lane / block_lanes(w.rows) * in_block + lane % block_lanes(w.rows) / w.rows; }
+  int row_of(int lane) const { return lane % block_lanes(w.rows) % w.rows; }
+  bool is_row(int lane) const { return lane % block_lanes(w.rows) < in_block * w.rows && head_of(lane) < w.heads; }
+
+  // Keys that a row does not see count as -inf.
+  __attribute__((noinline)) void mask(float* s, int64_t key, int n) const {
+    float lo[W] = {}, hi[W] = {};
+    for (int i = 0; i < W; ++i) {
+      const int64_t a = w.st.lo[row_of(i)] - key, b = w.st.hi[row_of(i)] - key;
+      lo[i] = static_cast<float>(a < 0 ? 0 : a < n ? a : n);
+      hi[i] = static_cast<float>(b < 0 ? 0 : b < n ? b : n);
+    }
+    for (int j = 0; j < n; ++j) {
+      float* x = s + static_cast<int64_t>(j) * lanes;
+      const vf at = vset(static_cast<float>(j)), none = vset(kNegInf);
+      vstore(x, vselect_gt(vload(lo), at, none, vselect_gt(vload(hi), at, vload(x), none)));
+    }
+  }
+  // The largest of n scores of each lane of a vector.
+  vf largest(const float* s, int n) const {
+    vf top = vload(s), other = top;
+    int j = 1;
+    for (; j + 1 < n; j += 2) {
+      top = vmax(top, vload(s + static_cast<int64_t>(j) * lanes));
+      other = vmax(other, vload(s + static_cast<int64_t>(j + 1) * lanes));
+    }
+    if (j < n) top = vmax(top, vload(s + static_cast<int64_t>(j) * lanes));
+    return vmax(top, other);
+  }
+
+  // What is added to c times a score of vector g before it is raised to the power of two, once `top` was seen.
+  vf offset(int g, vf top, float c) {
+    const vf rise = vmul(vsub(top, vload(m + g * W)), vset(c));
+    if (vsum(vkeep_ge(vset(1.0f), rise, kRescaleLog2)) != 0.0f) rescale(g, top, c);
+    const vf max = vload(m + g * W);
+    return vmul(vselect_gt(max, vset(kNegInf), max, vzero()), vset(-c));
+  }
+
+  // Rows whose maximum has grown too far beyond the one in use.
+  __attribute__((noinline)) void rescale(int g, vf top, float c) {
+    float tile_max[W];
+    vstore(tile_max, top);
+    for (int i = 0; i < W; ++i) {
+      const int lane = g * W + i;
+      float& old = m[lane];
+      if (tile_max[i] <= old || (tile_max[i] - old) * c <= kRescaleLog2) continue;
+      if (old != kNegInf && is_row(lane)) {
+        const vf alpha = vexp2<6>(vset((old - tile_max[i]) * c));
+        parts(head_of(lane), row_of(lane), [&](float* o, int, int width) {
+          for (int d = 0; d < width; d += W) vstore(o + d, vmul(alpha, vload(o + d)));
+        });
+        l[lane] *= lane0(alpha);
+        if (rest) rest[lane] *= lane0(alpha);
+      }
+      old = tile_max[i];
+    }
+  }
+
+  // The accumulator: for each head [parts][rows][width], parts of `part` columns, then of W.
+  template <class F>
+  void parts(int h, int r, F&& f) const {
+    float* o = w.st.o + static_cast<int64_t>(h) * w.rows * w.VP;
+    for (int d = 0, width; d < columns; d += width) {
+      width = d + part <= columns ? part : W;
+      f(o + static_cast<int64_t>(d) * w.rows + r * width, d, width);
+    }
+  }
+  float* gathered(int h, int r) const {
+    float* to = w.k;  // Packed's room
+    parts(h, r, [&](float* o, int at, int width) {
+      for (int d = 0; d < width; d += W) vstore(to + at + d, vload(o + d));
+    });
+    return to;
+  }
+
+#if defined(FASTOPS_HAS_BF16_DOT)
+  // Numbers of two keys as pairs of bf16.
+  static FASTOPS_INLINE vi paired(vf a, vf b) {
+    const __m512i even = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i order = _mm512_or_si512(even, _mm512_slli_epi32(_mm512_add_epi32(even, _mm512_set1_epi32(16)), 16));
+    return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+  }
+#endif
+};
+
+template <class T>
+struct Lanes : LaneRows<Direct<T>, sizeof(T) == 2> {  // two keys at once load less, but cost more where rows are long
+  using Rows = LaneRows<Direct<T>, sizeof(T) == 2>;
+  using Rows::block_lanes, Rows::group, Rows::groups, Rows::lane_of, Rows::lanes, Rows::part, Rows::w;
+  static constexpr int kUnit = kDot16<T> ? 2 * W : W;  // elements of a row that a vector of q holds
+  static constexpr int kKeysPerWeight = kDot16<T> ? 2 : 1;
+
+  // Vectors of a part of o, for so many rows.
+  static constexpr int part_vectors(int rows) {
+    return W == 16 ? (rows <= 6 ? 4 : 2) : rows <= 2 ? 4 : rows <= 4 ? 2 : 1;
+  }
+
+  Lanes(Work<T>& work, const AttentionParams& p) : Rows(work, p) {
+    this->columns = w.Dv;
+    part = part_vectors(w.rows) * W;
+    this->block = this->keys(8 << 10, 2, kDirectKeys);
+    this->lead = this->keys(8 << 10, 1, kDirectKeys);
+    if (this->lead < this->block) this->lead = this->block;
+    this->plan_tile(lanes);
+    std::memset(w.q, 0, sizeof(float) * static_cast<size_t>(lanes * q_steps() * W));
+  }
+  int q_steps() const { return (w.D + kUnit - 1) / kUnit; }
 
   // q as [vectors of rows][steps along D][W lanes][units].
   void load_q(const AttentionParams& p, const AttentionItem& it, const Sequence& seq, int h) {
@@ -161,7 +264,7 @@ struct Lanes : Direct<T> {
     float* s = w.s;
     for (int j = 0; j < n; j += JB, s += JB * pitch) {  // the key behind an odd last one is that one again
       const float* q = w.q;
-      const int64_t* at = k_at;
+      const int64_t* at = this->k_at;
       for (int g = 0; g < vectors; ++g, at += JB * HB, q += q_step) {
         const vf a = dots<RB>(stream, rows + j, at, dim, q);
         if constexpr (JB == 1) {
@@ -181,94 +284,31 @@ struct Lanes : Direct<T> {
     const float c = p.scale * kLog2e;
     for (int g = 0; g < groups; ++g) {
       float* s = w.s + g * W;
-      if (masked) mask(s, key, n);
-      vf top = vload(s), other = top;
-      int j = 1;
-      for (; j + 1 < n; j += 2) {
-        top = vmax(top, vload(s + static_cast<int64_t>(j) * lanes));
-        other = vmax(other, vload(s + static_cast<int64_t>(j + 1) * lanes));
-      }
-      if (j < n) top = vmax(top, vload(s + static_cast<int64_t>(j) * lanes));
-      top = vmax(top, other);
-      const vf rise = vmul(vsub(top, vload(m + g * W)), vset(c));
-      if (vsum(vkeep_ge(vset(1.0f), rise, kRescaleLog2)) != 0.0f) rescale(g, top, c);
-      const vf max = vload(m + g * W);
-      const vf mc = vmul(vselect_gt(max, vset(kNegInf), max, vzero()), vset(-c)), cv = vset(c);
+      if (masked) this->mask(s, key, n);
+      const vf mc = this->offset(g, this->largest(s, n), c), cv = vset(c);
       vf sum = vzero();
+      int j = 0;
 #if defined(FASTOPS_HAS_BF16_DOT)
       if constexpr (kDot16<T>) {
-        const __m512i pairs = _mm512_or_si512(
-            _mm512_cvtepu16_epi32(_mm256_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)),
-            _mm512_slli_epi32(_mm512_setr_epi32(16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31), 16));
         float* to = w.p16 + g * W;
-        for (j = 0; j < n; j += 2, to += lanes) {
+        for (; j < n; j += 2, to += lanes) {
           const float* x = s + static_cast<int64_t>(j) * lanes;
           const vf a = vexp2<kExpDegree<T>>(vfma(vload(x), cv, mc));
           const vf b = j + 1 < n ? vexp2<kExpDegree<T>>(vfma(vload(x + lanes), cv, mc)) : vzero();
           sum = vadd(sum, vadd(a, b));
-          vistore(to, _mm512_permutexvar_epi16(pairs, (__m512i)_mm512_cvtne2ps_pbh(b, a)));
+          vistore(to, Rows::paired(a, b));
         }
       } else
 #endif
       {
-        for (j = 0; j < n; ++j) {
+        for (; j < n; ++j) {
           float* x = s + static_cast<int64_t>(j) * lanes;
           const vf e = vexp2<kExpDegree<T>>(vfma(vload(x), cv, mc));
           sum = vadd(sum, e);
           vstore(x, e);
         }
       }
-      vstore(l + g * W, vadd(vload(l + g * W), sum));
-    }
-  }
-
-  // Keys that a row does not see count as -inf.
-  __attribute__((noinline)) void mask(float* s, int64_t key, int n) const {
-    float lo[W] = {}, hi[W] = {};
-    for (int i = 0; i < W; ++i) {
-      const int r = i % block_lanes(w.rows) % w.rows;
-      const int64_t a = w.st.lo[r] - key, b = w.st.hi[r] - key;
-      lo[i] = static_cast<float>(a < 0 ? 0 : a < n ? a : n);
-      hi[i] = static_cast<float>(b < 0 ? 0 : b < n ? b : n);
-    }
-    for (int j = 0; j < n; ++j) {
-      float* x = s + static_cast<int64_t>(j) * lanes;
-      const vf at = vset(static_cast<float>(j)), none = vset(kNegInf);
-      vstore(x, vselect_gt(vload(lo), at, none, vselect_gt(vload(hi), at, vload(x), none)));
-    }
-  }
-
-  // Rows whose maximum has grown too far beyond the one in use.
-  __attribute__((noinline)) void rescale(int g, vf top, float c) {
-    float tile_max[W];
-    vstore(tile_max, top);
-    for (int i = 0; i < W; ++i) {
-      float& old = m[g * W + i];
-      if (tile_max[i] <= old || (tile_max[i] - old) * c <= kRescaleLog2) continue;
-      const int at = i % block_lanes(w.rows), r = at % w.rows;
-      const int h = g * group + i / block_lanes(w.rows) * in_block + at / w.rows;
-      if (old != kNegInf && at < in_block * w.rows && h < w.heads) {
-        const vf alpha = vexp2<6>(vset((old - tile_max[i]) * c));
-        parts(h, r, [&](float* o, int, int width) {
-          for (int d = 0; d < width; d += W) vstore(o + d, vmul(alpha, vload(o + d)));
-        });
-        l[g * W + i] *= lane0(alpha);
-      }
-      old = tile_max[i];
-    }
-  }
-
-  // The accumulator: for each head [parts][rows][width], parts of kPart vectors, then of one.
-  static constexpr int part_vectors(int rows) {
-    return W == 16 ? (rows <= 4 ? 4 : rows <= 6 ? 3 : 2) : rows <= 2 ? 4 : rows <= 4 ? 2 : 1;
-  }
-  template <class F>
-  void parts(int h, int r, F&& f) const {
-    const int wide = part_vectors(w.rows) * W;
-    float* o = w.st.o + static_cast<int64_t>(h) * w.rows * w.VP;
-    for (int d = 0, width; d < w.Dv; d += width) {
-      width = d + wide <= w.Dv ? wide : W;
-      f(o + static_cast<int64_t>(d) * w.rows + r * width, d, width);
+      vstore(this->l + g * W, vadd(vload(this->l + g * W), sum));
     }
   }
 
@@ -385,7 +425,7 @@ struct Lanes : Direct<T> {
           const float pj = kDot16<T> ? to_f32(reinterpret_cast<const bf16*>(x)[j % 2]) : *x;
           if (pj == 0.0f) continue;
           const T* v = w.vr[j] + h * w.v_step;
-          parts(h, r, [&](float* o, int at, int width) {
+          this->parts(h, r, [&](float* o, int at, int width) {
             for (int d = 0; d < width; d += W) {
               const int left = w.Dv - at - d;
               vstore(o + d, vfma(vset(pj), left >= W ? vload(v + at + d) : vloadn(v + at + d, left), vload(o + d)));
@@ -394,13 +434,7 @@ struct Lanes : Direct<T> {
         }
   }
 
-  Row row(int h, int r) {
-    float* to = w.k;  // Packed's room
-    parts(h, r, [&](float* o, int at, int width) {
-      for (int d = 0; d < width; d += W) vstore(to + at + d, vload(o + d));
-    });
-    return {to, m[lane_of(h, r)], l[lane_of(h, r)]};
-  }
+  Row row(int h, int r) const { return {this->gathered(h, r), this->m[lane_of(h, r)], this->l[lane_of(h, r)]}; }
 };
 
 }  // namespace

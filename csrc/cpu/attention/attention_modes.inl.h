@@ -146,6 +146,8 @@ __attribute__((noinline)) void accumulate_seen(Work<T>& w, int h, int r0, int ro
 template <class T>
 struct Packed {
   static constexpr bool kBf16P = kDot16<T>;
+  static constexpr bool kReadsCodes = false;  // and needs their scales
+  static constexpr bool kInLanes = false;     // a query row in each lane, and a softmax of its own
 #if defined(FASTOPS_HAS_AMX)
   static constexpr int kRows = 32;
 #else

@@ -1,6 +1,6 @@
-// A third way to multiply a tile: few rows of bf16 against 4-bit codes with one scale a key and head (KV4). The codes
-// are looked up in registers, in an order that costs a shift and a look-up for 32 of them, and the scales are
-// multiplied into the scores and the probabilities:
+// Few rows of bf16 against 4-bit codes with one scale a key and head (KV4), a row in every lane
+// (attention_lanes.inl.h). The codes are looked up in registers, in an order that costs a shift and a look-up for 32 of
+// them, and the scales are multiplied into the scores and the probabilities:
 //   q k^T = ks (q (code - 8)) + kb sum(q)        p v = (p vs) (code - 8) + p vb        b = 8 scale + min, or (8 - zero)
 //   scale
 // so that no decoded row exists anywhere (docs/design/006-quantised-kv.md).
@@ -8,57 +8,80 @@
 namespace fastops::cpu::FASTOPS_ISA {
 namespace {
 
-struct Nibbles : CodeMode<kKvU4> {
-  static constexpr int kChunk = 128;  // channels of a vector of codes
-  int block, lead;
-  float* q_sum;  // [heads * rows]
+struct Nibbles : LaneRows<CodeMode<kKvU4>, true> {
+  using Rows = LaneRows<CodeMode<kKvU4>, true>;
+  static constexpr int kChunk = 128;     // channels of a vector of codes
+  static constexpr int kPart = 4 * W;    // columns of o that belong to half of one
+  static constexpr int kLeastKeys = 32;  // of a tile
+  int block, lead, steps;                // vectors of a row of q
+  float* q_sum;                          // [lanes]
+  HeadNumbers k_numbers, v_numbers;
+  bool found = false;
+  vi head_in[kDirectRows];  // the head of each lane, for each vector of rows
 
-  Nibbles(Work<Code<kKvU4>>& work, const AttentionParams& params) : CodeMode(work, params, tile_of(work)) {
-    w.ldq = chunks(w.D) * kChunk / 2;
-    w.VP = chunks(w.Dv) * kChunk + W;  // o in the order of the look-ups, then what is added to every channel
-    w.st.ldo = w.VP;
-    block = keys(w, 8 << 10, 4, w.tile);
-    lead = keys(w, 12 << 10, 1, w.tile);
-    q_sum = numbers.end();
+  Nibbles(Work<Code<kKvU4>>& work, const AttentionParams& params)
+      : Rows(work, params, kLeastKeys),
+        steps(chunks(w.D) * 4),
+        k_numbers(params.kq, w.heads, reinterpret_cast<HeadNumbers::Places*>(w.raw)),
+        v_numbers(params.vq, w.heads, k_numbers.end()) {
+    w.VP = columns = chunks(w.Dv) * kChunk;
+    part = kPart;
+    rest = m + lanes;
+    q_sum = rest + lanes;
+    std::memset(w.q, 0, sizeof(float) * static_cast<size_t>(lanes * steps * W));
+    std::memset(rest, 0, sizeof(float) * static_cast<size_t>(2 * lanes));
+    for (int g = 0; g < groups; ++g) {
+      int32_t heads[W];
+      for (int i = 0; i < W; ++i) heads[i] = is_row(g * W + i) ? head_of(g * W + i) : 0;
+      head_in[g] = viload(heads);
+    }
+    block = keys(8 << 10, 4, kDirectKeys);
+    lead = keys(8 << 10, 1, kDirectKeys);
+    const int fit = kDirectScores / 2 / lanes / kLeastKeys * kLeastKeys;
+    w.tile = w.BK = keys(128 << 10, kLeastKeys, fit < kLeastKeys ? kLeastKeys : fit < kDirectKeys ? fit : kDirectKeys);
   }
 
   // As many keys as so many bytes hold.
-  static int keys(const Work<Code<kKvU4>>& w, int64_t bytes, int least, int most) {
+  int keys(int64_t bytes, int least, int most) const {
     const int64_t row = (w.D > w.Dv ? w.D : w.Dv) / 2 * w.heads;
     const int n = static_cast<int>(bytes / row) / least * least;
     return n < least ? least : n < most ? n : most;
   }
-  static int tile_of(const Work<Code<kKvU4>>& w) {
-    const int scores = kDirectScores / 2 / (w.heads * w.rows) / 32 * 32;
-    return keys(w, 128 << 10, 32, scores < 32 ? 32 : scores < kDirectKeys ? scores : kDirectKeys);
-  }
 
   static int chunks(int dim) { return (dim + kChunk - 1) / kChunk; }
-  static __m512i table() { return _mm512_broadcast_i64x4(vnarrow_bf16(vsub(vlanes(), vset(8.0f)))); }
+  // Nibble n of 32 words, as 128 + code.
+  template <int n>
+  static FASTOPS_INLINE __m512bh codes(__m512i x) {
+    const __m512i shifted = n > 0 ? _mm512_srli_epi16(x, 4 * n) : x;
+    return (__m512bh)_mm512_ternarylogic_epi32(shifted, _mm512_set1_epi16(15), _mm512_set1_epi16(0x4300), 0xea);
+  }
+  static FASTOPS_INLINE __m512bh codes(__m512i x, int n) {
+    return n == 0 ? codes<0>(x) : n == 1 ? codes<1>(x) : n == 2 ? codes<2>(x) : codes<3>(x);
+  }
   static __mmask32 words(int channels) { return channels >= kChunk ? 0xffffffffu : (1u << channels / 4) - 1u; }
 
   // Channel 4 i + n of a chunk is nibble n of word i: q in the order word by word for n = 0, then n = 1, ...
-  void load_q(const AttentionItem& it, const Sequence& seq, int h) {
+  void load_q(const AttentionParams&, const AttentionItem& it, const Sequence& seq, int h) {
     const bf16* base =
         reinterpret_cast<const bf16*>(p.q) + it.b * p.q_sb + seq.q0 * p.q_ss + (it.hkv + h) * p.G * p.q_sh;
     const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
     for (int r = 0; r < w.rows; ++r) {
-      const int64_t at = it.row0 + r, row = static_cast<int64_t>(h) * w.rows + r;
+      const int64_t at = it.row0 + r, lane = lane_of(h, r);
       const bf16* src = base + at / p.G * p.q_ss + at % p.G * p.q_sh;
-      bf16* dst = reinterpret_cast<bf16*>(w.q + row * w.ldq);
+      float* dst = w.q + (lane / W * steps * W + lane % W) * W;  // then a step is W vectors further
       vf sum = vzero();
       for (int d = 0; d < chunks(w.D) * kChunk; d += 32) {
         const int left = w.D - d;
         const __mmask32 m = left >= 32 ? 0xffffffffu : left > 0 ? (1u << left) - 1u : 0u;
         const __m512i x = _mm512_maskz_loadu_epi16(m, src + (left > 0 ? d : 0));
         sum = _mm512_dpbf16_ps(sum, (__m512bh)x, ones);
-        bf16* to = dst + d / kChunk * kChunk + d % kChunk / 4;
         FASTOPS_UNROLL
-        for (int n = 0; n < 4; ++n)
-          _mm_storeu_si128(reinterpret_cast<__m128i*>(to + n * 32),
-                           _mm512_cvtepi64_epi16(n ? _mm512_srli_epi64(x, 16 * n) : x));
+        for (int n = 0; n < 4; ++n) {
+          auto* to = reinterpret_cast<bf16*>(dst + (d / kChunk * 4 + n) * W * W) + d % kChunk / 4;
+          _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi64_epi16(n ? _mm512_srli_epi64(x, 16 * n) : x));
+        }
       }
-      q_sum[row] = vsum(sum);
+      q_sum[lane] = vsum(sum);
     }
   }
 
@@ -68,111 +91,183 @@ struct Nibbles : CodeMode<kKvU4> {
     first.step(1 << 10);
   }
 
-  void scales(const AttentionItem& it, const int32_t* page_table, int64_t key, int n) {
-    numbers.load(p, it, page_table, key, n, 8.0f);
+  static bool fits(const AttentionParams& p, const AttentionItem& it) {
+    return Rows::fits(it) && p.kq.scale_dtype == p.vq.scale_dtype;
   }
 
-  // What the inner loops use, out of reach of the stores that might change it.
-  struct View {
-    const Code<kKvU4>* const* rows;
-    int64_t step;
-    int dim;
-    const float* a;  // q, or the probabilities
-    int64_t lda;
-    float* c;  // scores, or o
-    int64_t ldc;
-    __m512i codes;
-  };
+  // The numbers of a tile were found a tile ahead, but for the first.
+  void scales(const AttentionItem& it, const int32_t* page_table, int64_t key, int n) {
+    if (!found) {
+      k_numbers.find(p, it, page_table, key, n);
+      v_numbers.find(p, it, page_table, key, n);
+    }
+    k_numbers.advance();
+    v_numbers.advance();
+    k_numbers.find(p, it, page_table, key + n, next);
+    v_numbers.find(p, it, page_table, key + n, next);
+    found = true;
+  }
 
-  // c[RB rows][JB keys] = q k^T of one head; q and c point at the first.
-  template <int RB, int JB>
-  static FASTOPS_INLINE void dots(const View& t, RowStream& stream, bool ask, int64_t head, const float* q, float* s,
-                                  int j) {
+  // [JB keys][block of lanes] = q code, of JB keys and the heads of a block.
+  template <int RB, bool kOneChunk>
+  static FASTOPS_INLINE vf dots(RowStream& stream, const Code<kKvU4>* const* rows, const int64_t* at, int channels,
+                                const float* q) {
+    const int dim = kOneChunk ? kChunk : channels;
+    constexpr int kBlock = block_lanes(RB), JB = W / kBlock, HB = kBlock / RB;
     vf acc[W];
     FASTOPS_UNROLL
     for (int i = 0; i < W; ++i) acc[i] = vzero();
-    const uint8_t* row[JB];
-    FASTOPS_UNROLL
-    for (int jj = 0; jj < JB; ++jj) row[jj] = reinterpret_cast<const uint8_t*>(t.rows[j + jj]) + head;
-    for (int c = 0; c < t.dim; c += kChunk, q += kChunk / 2) {
-      if (ask) stream.step(JB);
-      const __mmask32 m = words(t.dim - c);
-      __m512i x[JB];
+    for (int c = 0; c < dim; c += kChunk, q += 4 * W * W) {
+      RowStream::Lines lines;
+      if (kOneChunk) {
+        lines = stream.take<JB * HB>();
+      } else {
+        stream.step(dim - c > kChunk / 2 ? JB * HB : (JB * HB + 1) / 2);
+      }
+      const __mmask32 mask = words(dim - c);
       FASTOPS_UNROLL
-      for (int jj = 0; jj < JB; ++jj) x[jj] = _mm512_maskz_loadu_epi16(m, row[jj] + c / 2);
-      FASTOPS_UNROLL
-      for (int n = 0; n < 4; ++n) {
-        __m512bh qv[RB];
+      for (int h = 0; h < HB; ++h) {
+        __m512i x[JB];
         FASTOPS_UNROLL
-        for (int r = 0; r < RB; ++r) qv[r] = (__m512bh)_mm512_loadu_si512(q + r * t.lda + n * W);
+        for (int j = 0; j < JB; ++j)
+          x[j] = _mm512_maskz_loadu_epi16(mask, reinterpret_cast<const uint8_t*>(rows[j]) + at[h] + c / 2);
         FASTOPS_UNROLL
-        for (int jj = 0; jj < JB; ++jj) {
-          const __m512i v = _mm512_permutexvar_epi16(n ? _mm512_srli_epi16(x[jj], 4 * n) : x[jj], t.codes);
+        for (int n = 0; n < 4; ++n) {
+          __m512bh v[JB];
           FASTOPS_UNROLL
-          for (int r = 0; r < RB; ++r) acc[r * JB + jj] = _mm512_dpbf16_ps(acc[r * JB + jj], qv[r], (__m512bh)v);
+          for (int j = 0; j < JB; ++j) v[j] = codes(x[j], n);
+          if (kOneChunk) lines.ask<JB * HB>(h * 4 + n, HB * 4);
+          FASTOPS_UNROLL
+          for (int i = h * RB; i < (h + 1) * RB; ++i) {
+            const __m512bh y = (__m512bh)_mm512_loadu_si512(q + (n * W + i) * W);
+            FASTOPS_UNROLL
+            for (int j = 0; j < JB; ++j) acc[j * kBlock + i] = _mm512_dpbf16_ps(acc[j * kBlock + i], y, v[j]);
+          }
         }
       }
     }
-    float sums[W];
-    vstore(sums, vreduce(acc));
-    FASTOPS_UNROLL
-    for (int r = 0; r < RB; ++r) std::memcpy(s + r * t.ldc + j, sums + r * JB, JB * sizeof(float));
+    return vreduce(acc);
   }
 
-  void scores(int, int rows, int n) {
-    const int now = lead < n ? lead : n, heads = w.heads;
+  // Products with codes, as [keys][lanes].
+  void scores(int, int, int n) {
+    using Of = void (Nibbles::*)(int);
+    static constexpr Of kOf[] = {&Nibbles::scores_of<1>, &Nibbles::scores_of<2>, &Nibbles::scores_of<3>,
+                                 &Nibbles::scores_of<4>, &Nibbles::scores_of<5>, &Nibbles::scores_of<6>,
+                                 &Nibbles::scores_of<7>, &Nibbles::scores_of<8>};
+    (this->*kOf[w.rows - 1])(n);
+  }
+  template <int RB>
+  void scores_of(int n) {
+    if (w.D == kChunk) return scores_in<RB, true>(n);
+    scores_in<RB, false>(n);
+  }
+  template <int RB, bool kOneChunk>
+  void scores_in(int n) {
+    constexpr int kBlock = block_lanes(RB), JB = W / kBlock, HB = kBlock / RB;
+    const int now = lead < n ? lead : n, dim = w.D, vectors = groups, heads = w.heads;
     RowStream stream(w.kr + now, n - now, k_bytes, w.vr, now, v_bytes);
-    const View t{w.kr, w.k_step, w.D, w.q, w.ldq, w.s, w.BK, table()};
-    for (int j = 0; j < n; j += 8) {
-      const float* q = t.a;
-      float* s = t.c;
-      for (int64_t h = 0, head = 0; h < heads; ++h, head += t.step) {
-        int i = 0;
-        for (; rows - i >= 4; i += 4, q += 4 * t.lda, s += 4 * t.ldc) {
-          dots<4, 4>(t, stream, i == 0, head, q, s, j);
-          dots<4, 4>(t, stream, i == 0, head, q, s, j + 4);
+    const Code<kKvU4>* const* rows = w.kr;
+    const int64_t q_step = static_cast<int64_t>(steps) * W * W, pitch = lanes;
+    float* s = w.s;
+    for (int j = 0; j < n; j += JB, s += JB * pitch) {  // the key behind an odd last one is that one again
+      const float* q = w.q;
+      const int64_t* at = k_at;
+      for (int g = 0; g < vectors; ++g, at += JB * HB, q += q_step) {
+        const vf a = dots<RB, kOneChunk>(stream, rows + j, at, dim, q);
+        if constexpr (JB == 1) {
+          vstore(s + g * W, a);
+        } else {
+          const bool more = g * group + HB < heads;
+          const vf b = more ? dots<RB, kOneChunk>(stream, rows + j, at + HB, dim, q + kBlock * W) : a;
+          vstore(s + g * W, vjoin_low(a, b));
+          vstore(s + pitch + g * W, vjoin_high(a, b));
         }
-        for (; rows - i >= 2; i += 2, q += 2 * t.lda, s += 2 * t.ldc) dots<2, 8>(t, stream, i == 0, head, q, s, j);
-        for (; rows - i >= 1; ++i, q += t.lda, s += t.ldc) dots<1, 8>(t, stream, i == 0, head, q, s, j);
       }
     }
-    for (int h = 0; h < w.heads; ++h)
-      for (int i = 0; i < rows; ++i) {
-        float* s = w.s + (h * rows + i) * w.BK;
-        const vf sum = vset(q_sum[h * rows + i]);
-        for (int j = 0; j < n; j += W)
-          vstore(s + j,
-                 vfma(vload(s + j), vload(numbers.ks + h * w.BK + j), vmul(sum, vload(numbers.kb + h * w.BK + j))));
-      }
   }
 
-  // o[RB rows][4 vectors] += probabilities times codes of the pairs of keys [j0, j1): the words of one half of each
-  // 128-bit lane of a chunk. `weights` and o point at the first row.
+  // Products into scores, and those into probabilities times the scales of the values. Unseen keys get a weight of
+  // exactly 0, whatever their numbers.
+  void softmax(const AttentionParams&, int64_t key, int n, bool masked) {
+    const int k = k_numbers.layout(), v = v_numbers.layout(), layout = k == v ? k : 0;
+    if (masked || layout == 0) return softmax_of<0>(key, n, masked);
+    if (layout == 1) return softmax_of<1>(key, n, false);
+    if (layout == 2) return softmax_of<2>(key, n, false);
+    softmax_of<3>(key, n, false);
+  }
+  template <int kLayout>
+  void softmax_of(int64_t key, int n, bool masked) {
+    const float c = p.scale * kLog2e;
+    const vf cv = vset(c), k_middle = vset(-128.0f), v_middle = vset(8.0f), out = vset(-136.0f);
+    const int64_t pitch = lanes;
+    const int vectors = groups;
+    vf mc[kDirectRows], sum[kDirectRows], more[kDirectRows];
+    for (int j = 0; j < n; ++j) {
+      const HeadNumbers::Pair k = k_numbers.at<kLayout>(j, k_middle);
+      float* s = w.s + j * pitch;
+      for (int g = 0; g < vectors; ++g) {
+        const vf shift = vmul(vtable_at(k.shift, head_in[g]), vload(q_sum + g * W));
+        vstore(s + g * W, vfma(vload(s + g * W), vtable_at(k.scale, head_in[g]), shift));
+      }
+    }
+    for (int g = 0; g < vectors; ++g) {
+      if (kLayout == 0 && masked) mask(w.s + g * W, key, n);
+      mc[g] = offset(g, largest(w.s + g * W, n), c);
+      sum[g] = more[g] = vzero();
+    }
+    float* to = w.p16;
+    for (int j = 0; j < n; j += 2, to += pitch) {
+      const bool both = j + 1 < n;
+      const HeadNumbers::Pair a = v_numbers.at<kLayout>(j, v_middle), b = v_numbers.at<kLayout>(j + both, v_middle);
+      const float *s = w.s + j * pitch, *then = s + (both ? pitch : 0);
+      for (int g = 0; g < vectors; ++g) {
+        const vf x = vexp2<4>(vfma(vload(s + g * W), cv, mc[g]));
+        const vf y = both ? vexp2<4>(vfma(vload(then + g * W), cv, mc[g])) : vzero();
+        sum[g] = vadd(sum[g], vadd(x, y));
+        const vf xs = weighted<kLayout == 0>(x, vtable_at(a.scale, head_in[g]));
+        const vf ys = weighted<kLayout == 0>(y, vtable_at(b.scale, head_in[g]));
+        const vf shifts = vadd(weighted<kLayout == 0>(x, vtable_at(a.shift, head_in[g])),
+                               weighted<kLayout == 0>(y, vtable_at(b.shift, head_in[g])));
+        const vi pair = paired(xs, ys);
+        vistore(to + g * W, pair);
+        const vf rounded = vadd(vi_as_bits(vishl<16>(pair)), vi_as_bits(vimask<0xffff0000u>(pair)));
+        more[g] = vfma(out, rounded, vadd(more[g], shifts));
+      }
+    }
+    for (int g = 0; g < vectors; ++g) {
+      vstore(l + g * W, vadd(vload(l + g * W), sum[g]));
+      vstore(rest + g * W, vadd(vload(rest + g * W), more[g]));
+    }
+  }
+  // x y, and 0 where x is, if y may be anything.
+  template <bool kAny>
+  static FASTOPS_INLINE vf weighted(vf x, vf y) {
+    return kAny ? _mm512_maskz_mul_ps(_mm512_cmp_ps_mask(x, vzero(), _CMP_NEQ_UQ), x, y) : vmul(x, y);
+  }
+
+  // o[RB rows][4 vectors] += probabilities times codes of the keys [j0, j1), two by two: the words of one half of each
+  // 128-bit lane of a chunk, at byte `at` of their rows.
   template <int RB, bool kHigh>
-  static FASTOPS_INLINE void weigh(const View& t, RowStream& stream, int64_t at, const float* weights, float* o,
-                                   __mmask32 m, int64_t j0, int64_t j1, int share) {
+  static FASTOPS_INLINE void weigh(RowStream& stream, const Code<kKvU4>* const* rows, int64_t at, const float* weights,
+                                   int64_t pitch, float* o, __mmask32 mask, int j0, int j1, int lines) {
     vf acc[RB][4];
     FASTOPS_UNROLL
     for (int r = 0; r < RB; ++r) {
       FASTOPS_UNROLL
-      for (int n = 0; n < 4; ++n) acc[r][n] = vload(o + r * t.ldc + n * W);
+      for (int n = 0; n < 4; ++n) acc[r][n] = vload(o + r * kPart + n * W);
     }
-    const Code<kKvU4>* const* rows = t.rows;
-    const float* weight[RB];
-    FASTOPS_UNROLL
-    for (int r = 0; r < RB; ++r) weight[r] = weights + r * t.lda;
-    for (int64_t j = j0; j < j1; ++j) {
-      if (share > 0) stream.step(share);
-      const __m512i a = _mm512_maskz_loadu_epi16(m, reinterpret_cast<const uint8_t*>(rows[2 * j]) + at);
-      const __m512i b = _mm512_maskz_loadu_epi16(m, reinterpret_cast<const uint8_t*>(rows[2 * j + 1]) + at);
+    for (int j = j0; j < j1; j += 2, weights += pitch) {
+      if (lines > 0) stream.step(lines);
+      const __m512i a = _mm512_maskz_loadu_epi16(mask, reinterpret_cast<const uint8_t*>(rows[j]) + at);
+      const __m512i b = _mm512_maskz_loadu_epi16(mask, reinterpret_cast<const uint8_t*>(rows[j + 1]) + at);
       const __m512i x = kHigh ? _mm512_unpackhi_epi16(a, b) : _mm512_unpacklo_epi16(a, b);
       __m512bh v[4];
       FASTOPS_UNROLL
-      for (int n = 0; n < 4; ++n)
-        v[n] = (__m512bh)_mm512_permutexvar_epi16(n ? _mm512_srli_epi16(x, 4 * n) : x, t.codes);
+      for (int n = 0; n < 4; ++n) v[n] = codes(x, n);
       FASTOPS_UNROLL
       for (int r = 0; r < RB; ++r) {
-        const __m512bh pj = (__m512bh)_mm512_castps_si512(vset(weight[r][j]));
+        const __m512bh pj = (__m512bh)_mm512_castps_si512(vset(weights[r]));
         FASTOPS_UNROLL
         for (int n = 0; n < 4; ++n) acc[r][n] = _mm512_dpbf16_ps(acc[r][n], pj, v[n]);
       }
@@ -180,58 +275,50 @@ struct Nibbles : CodeMode<kKvU4> {
     FASTOPS_UNROLL
     for (int r = 0; r < RB; ++r) {
       FASTOPS_UNROLL
-      for (int n = 0; n < 4; ++n) vstore(o + r * t.ldc + n * W, acc[r][n]);
-    }
-  }
-  template <int RB>
-  static FASTOPS_INLINE void weigh_all(const View& t, RowStream& stream, int64_t head, const float* weights, float* o,
-                                       int64_t j0, int64_t j1, int share) {
-    for (int c = 0; c < t.dim; c += kChunk, o += kChunk, share = 0) {
-      const __mmask32 m = words(t.dim - c);
-      weigh<RB, false>(t, stream, head + c / 2, weights, o, m, j0, j1, share);
-      if (t.dim - c > 16) weigh<RB, true>(t, stream, head + c / 2, weights, o + 64, m, j0, j1, 0);
+      for (int n = 0; n < 4; ++n) vstore(o + r * kPart + n * W, acc[r][n]);
     }
   }
 
-  // Unseen keys get a weight of exactly 0, whatever their numbers.
-  void accumulate(int, int rows, int n) {
-    for (int h = 0; h < w.heads; ++h)
-      for (int i = 0; i < rows; ++i) {
-        const int64_t row = static_cast<int64_t>(h) * rows + i;
-        const float* s = w.s + row * w.BK;
-        bf16* to = reinterpret_cast<bf16*>(w.p16 + row * (w.BK / 2));
-        float* rest = w.st.o + row * w.VP + w.VP - W;
-        vf sum = vload(rest);
-        for (int j = 0; j < n; j += W) {
-          const vf x = vload(s + j);
-          const __mmask16 seen = _mm512_cmp_ps_mask(x, vzero(), _CMP_NEQ_UQ);
-          vstore(to + j, _mm512_maskz_mul_ps(seen, x, vload(numbers.vs + h * w.BK + j)));
-          sum = _mm512_mask3_fmadd_ps(x, vload(numbers.vb + h * w.BK + j), sum, seen);
-        }
-        vstore(rest, sum);
-      }
-    const int now = lead < n ? lead : n, share = 2 * ((w.Dv / 2 + 63) / 64), heads = w.heads;
+  void accumulate(int, int, int n) {
+    using Of = void (Nibbles::*)(int);
+    static constexpr Of kOf[] = {&Nibbles::accumulate_of<1>, &Nibbles::accumulate_of<2>, &Nibbles::accumulate_of<3>,
+                                 &Nibbles::accumulate_of<4>, &Nibbles::accumulate_of<5>, &Nibbles::accumulate_of<6>,
+                                 &Nibbles::accumulate_of<7>, &Nibbles::accumulate_of<8>};
+    (this->*kOf[w.rows - 1])(n);
+  }
+  template <int RB>
+  void accumulate_of(int n) {
+    constexpr int kBlock = block_lanes(RB), HB = kBlock / RB, kFirst = RB < 4 ? RB : 4;
+    const int now = lead < n ? lead : n, dim = w.Dv;
     RowStream stream(w.vr + now, n - now, v_bytes, w.kr + w.tile, lead < next ? lead : next, k_bytes);
-    const View t{w.vr, w.v_step, w.Dv, w.p16, w.BK / 2, w.st.o, w.VP, table()};
+    const int64_t v_step = w.v_step, pitch = lanes;
+    const Code<kKvU4>* const* v = w.vr;
     for (int j = 0; j < n; j += block) {
-      const int64_t j0 = j / 2, j1 = ((j + block < n ? j + block : n) + 1) / 2;
-      const float* x = t.a;
-      float* o = t.c;
-      for (int64_t h = 0, head = 0; h < heads; ++h, head += t.step) {
-        int i = 0;
-        for (; rows - i >= 4; i += 4, x += 4 * t.lda, o += 4 * t.ldc)
-          weigh_all<4>(t, stream, head, x, o, j0, j1, i == 0 ? share : 0);
-        for (; rows - i >= 2; i += 2, x += 2 * t.lda, o += 2 * t.ldc)
-          weigh_all<2>(t, stream, head, x, o, j0, j1, i == 0 ? share : 0);
-        for (; rows - i >= 1; ++i, x += t.lda, o += t.ldc)
-          weigh_all<1>(t, stream, head, x, o, j0, j1, i == 0 ? share : 0);
+      const int end = j + block < n ? j + block : n;
+      const float* x = w.p16 + j / 2 * pitch;
+      float* o = w.st.o;
+      for (int h = 0; h < w.heads; ++h) {
+        const float* mine = x + h / HB * kBlock + h % HB * RB;
+        for (int c = 0; c < dim; c += kChunk, o += 2 * kPart * RB) {
+          const __mmask32 mask = words(dim - c);
+          const int64_t at = h * v_step + c / 2;
+          const int lines = dim - c > kChunk / 2 || h % 2 == 0 ? 2 : 0;
+          weigh<kFirst, false>(stream, v, at, mine, pitch, o, mask, j, end, lines);
+          if constexpr (RB > 4) weigh<RB - 4, false>(stream, v, at, mine + 4, pitch, o + 4 * kPart, mask, j, end, 0);
+          if (dim - c <= 16) continue;
+          float* high = o + kPart * RB;
+          weigh<kFirst, true>(stream, v, at, mine, pitch, high, mask, j, end, 0);
+          if constexpr (RB > 4) weigh<RB - 4, true>(stream, v, at, mine + 4, pitch, high + 4 * kPart, mask, j, end, 0);
+        }
       }
     }
   }
 
   // A row of o, channels in order: word 8 b + 4 high + t of a chunk stands in lane 4 b + t of half `high`.
-  void finish(float* o) const {
-    const vf rest = vset(vsum(vload(o + w.VP - W)));
+  Row row(int h, int r) const {
+    const int lane = lane_of(h, r);
+    float *first = gathered(h, r), *o = first;
+    const vf added = vset(rest[lane]);
     for (int c = 0; c < w.Dv; c += kChunk, o += kChunk) {
       vf x[2][4];
       for (int n = 0; n < 8; ++n) x[n / 4][n % 4] = vload(o + n * W);
@@ -244,9 +331,10 @@ struct Nibbles : CodeMode<kKvU4> {
         const vf p2 = _mm512_shuffle_f32x4(t[2], t[3], 0x88), p3 = _mm512_shuffle_f32x4(t[2], t[3], 0xdd);
         const vf b[4] = {_mm512_shuffle_f32x4(p0, p2, 0x88), _mm512_shuffle_f32x4(p1, p3, 0x88),
                          _mm512_shuffle_f32x4(p0, p2, 0xdd), _mm512_shuffle_f32x4(p1, p3, 0xdd)};
-        for (int i = 0; i < 4; ++i) vstore(o + 32 * i + 16 * half, vadd(b[i], rest));
+        for (int i = 0; i < 4; ++i) vstore(o + 32 * i + 16 * half, vadd(b[i], added));
       }
     }
+    return {first, m[lane], l[lane]};
   }
 };
 

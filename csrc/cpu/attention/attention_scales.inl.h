@@ -115,6 +115,75 @@ struct KeyScales {
   }
 };
 
+// The same key by key: what a vector holds belongs to one key, a head in each lane.
+struct HeadNumbers {
+  struct Pair {
+    vf scale, shift;
+  };
+  struct Places {
+    int64_t scale, shift;  // of a key's first head; shift 0 where there are none
+  };
+  const KvSide& q;
+  int heads;
+  Places *now, *next;  // of a tile, and of the one behind it
+
+  HeadNumbers(const KvSide& side, int item_heads, Places* scratch)
+      : q(side), heads(item_heads), now(scratch), next(scratch + kDirectKeys) {}
+  Places* end() const { return (now < next ? now : next) + 2 * kDirectKeys; }
+  // What `at` has to know: the type of numbers that lie side by side, 0 for others.
+  int layout() const { return q.scale_s[2] == 1 && (q.shift == nullptr || q.shift_s[2] == 1) ? q.scale_dtype : 0; }
+
+  // Finds the numbers of the next tile, keys [key, key + n), and asks for them.
+  void find(const AttentionParams& p, const AttentionItem& it, const int32_t* page_table, int64_t key, int n) {
+    const int size = q.scale_dtype == 1 ? 4 : 2;
+    for (int j = 0; j < n;) {
+      const int64_t t = key + j, page = page_table[(t >> p.page_shift) * p.table_sp];
+      const int64_t scale = page * q.scale_s[0] + it.hkv * q.scale_s[2];
+      const int64_t shift = page * q.shift_s[0] + it.hkv * q.shift_s[2];
+      for (int64_t slot = t & p.page_mask; slot <= p.page_mask && j < n; ++slot, ++j) {
+        const int64_t group = slot >> q.group_shift;
+        next[j] = {scale + group * q.scale_s[1], q.shift ? shift + group * q.shift_s[1] : 0};
+        vprefetch(q.scale + next[j].scale * size);
+        if (q.shift) vprefetch(q.shift + next[j].shift * size);
+      }
+    }
+  }
+  void advance() {
+    Places* was = now;
+    now = next;
+    next = was;
+  }
+
+  // Those of key j of this tile. A shift stands for `middle` times the scale and a minimum, or less a zero.
+  template <int kLayout>
+  FASTOPS_INLINE Pair at(int j, vf middle) const {
+    static constexpr int64_t kNone[W / 2] = {};
+    const vf s = numbers<kLayout>(q.scale, now[j].scale, q.scale_s[2]);
+    const vf z = numbers<kLayout>(q.shift ? q.shift : reinterpret_cast<const char*>(kNone), now[j].shift,
+                                  q.shift ? q.shift_s[2] : 0);
+    return {s, vfma(z, q.shift_is_zero ? vsub(vzero(), s) : vset(1.0f), vmul(middle, s))};
+  }
+
+ private:
+  template <int kLayout>
+  FASTOPS_INLINE vf numbers(const char* base, int64_t at, int64_t step) const {
+    if constexpr (kLayout == 0) {
+      return apart(base, at, step);
+    } else if constexpr (kLayout == 1) {
+      return vloadn(reinterpret_cast<const float*>(base) + at, heads);
+    } else if constexpr (kLayout == 2) {
+      return vloadn(reinterpret_cast<const f16*>(base) + at, heads);
+    } else {
+      return vloadn(reinterpret_cast<const bf16*>(base) + at, heads);
+    }
+  }
+  __attribute__((noinline)) vf apart(const char* base, int64_t at, int64_t step) const {
+    float x[W] = {};
+    for (int h = 0; h < heads; ++h) x[h] = number_at(base, q.scale_dtype, at + h * step);
+    return vload(x);
+  }
+};
+
 // What the modes that multiply codes share.
 template <int kKind>
 struct Code {  // codes of a kind
@@ -124,6 +193,8 @@ struct Code {  // codes of a kind
 template <int kKind>
 struct CodeMode {
   static constexpr bool kBf16P = false;
+  static constexpr bool kReadsCodes = true;
+  static constexpr bool kInLanes = false;
   static constexpr int kRows = kDirectRows;
   Work<Code<kKind>>& w;
   const AttentionParams& p;
