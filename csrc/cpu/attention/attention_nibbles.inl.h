@@ -248,9 +248,9 @@ struct Nibbles : LaneRows<CodeMode<kKvU4>, true> {
 
   // o[RB rows][4 vectors] += probabilities times codes of the keys [j0, j1), two by two: the words of one half of each
   // 128-bit lane of a chunk, at byte `at` of their rows.
-  template <int RB, bool kHigh>
+  template <int RB, bool kHigh, int kLines>
   static FASTOPS_INLINE void weigh(RowStream& stream, const Code<kKvU4>* const* rows, int64_t at, const float* weights,
-                                   int64_t pitch, float* o, __mmask32 mask, int j0, int j1, int lines) {
+                                   int64_t pitch, float* o, __mmask32 mask, int j0, int j1) {
     vf acc[RB][4];
     FASTOPS_UNROLL
     for (int r = 0; r < RB; ++r) {
@@ -258,7 +258,7 @@ struct Nibbles : LaneRows<CodeMode<kKvU4>, true> {
       for (int n = 0; n < 4; ++n) acc[r][n] = vload(o + r * kPart + n * W);
     }
     for (int j = j0; j < j1; j += 2, weights += pitch) {
-      if (lines > 0) stream.step(lines);
+      const RowStream::Lines lines = kLines > 0 ? stream.take<kLines>() : RowStream::Lines();
       const __m512i a = _mm512_maskz_loadu_epi16(mask, reinterpret_cast<const uint8_t*>(rows[j]) + at);
       const __m512i b = _mm512_maskz_loadu_epi16(mask, reinterpret_cast<const uint8_t*>(rows[j + 1]) + at);
       const __m512i x = kHigh ? _mm512_unpackhi_epi16(a, b) : _mm512_unpacklo_epi16(a, b);
@@ -270,6 +270,7 @@ struct Nibbles : LaneRows<CodeMode<kKvU4>, true> {
         const __m512bh pj = (__m512bh)_mm512_castps_si512(vset(weights[r]));
         FASTOPS_UNROLL
         for (int n = 0; n < 4; ++n) acc[r][n] = _mm512_dpbf16_ps(acc[r][n], pj, v[n]);
+        lines.ask<kLines>(r, RB);
       }
     }
     FASTOPS_UNROLL
@@ -302,13 +303,16 @@ struct Nibbles : LaneRows<CodeMode<kKvU4>, true> {
         for (int c = 0; c < dim; c += kChunk, o += 2 * kPart * RB) {
           const __mmask32 mask = words(dim - c);
           const int64_t at = h * v_step + c / 2;
-          const int lines = dim - c > kChunk / 2 || h % 2 == 0 ? 2 : 0;
-          weigh<kFirst, false>(stream, v, at, mine, pitch, o, mask, j, end, lines);
-          if constexpr (RB > 4) weigh<RB - 4, false>(stream, v, at, mine + 4, pitch, o + 4 * kPart, mask, j, end, 0);
+          if (dim - c > kChunk / 2 || h % 2 == 0) {
+            weigh<kFirst, false, 2>(stream, v, at, mine, pitch, o, mask, j, end);
+          } else {
+            weigh<kFirst, false, 0>(stream, v, at, mine, pitch, o, mask, j, end);
+          }
+          if constexpr (RB > 4) weigh<RB - 4, false, 0>(stream, v, at, mine + 4, pitch, o + 4 * kPart, mask, j, end);
           if (dim - c <= 16) continue;
           float* high = o + kPart * RB;
-          weigh<kFirst, true>(stream, v, at, mine, pitch, high, mask, j, end, 0);
-          if constexpr (RB > 4) weigh<RB - 4, true>(stream, v, at, mine + 4, pitch, high + 4 * kPart, mask, j, end, 0);
+          weigh<kFirst, true, 0>(stream, v, at, mine, pitch, high, mask, j, end);
+          if constexpr (RB > 4) weigh<RB - 4, true, 0>(stream, v, at, mine + 4, pitch, high + 4 * kPart, mask, j, end);
         }
       }
     }
