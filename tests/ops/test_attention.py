@@ -95,6 +95,24 @@ def test_every_feature(isa, dtype, rows):
     check(q, k, v, attn_mask=torch.randn(heads, sq, 150), softcap=2.0, sinks=sinks, causal=True)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [(1, 1), (1, 2), (3, 1), (1, 4), (1, 5), (2, 3), (7, 1), (2, 4)])
+@pytest.mark.parametrize(("hkv", "d", "dv"), [(3, 64, 64), (8, 128, 80), (17, 40, 136)])
+def test_few_rows_of_many_heads(isa, dtype, rows, hkv, d, dv):
+    """What a vector of rows holds, and what is left of it: every number of rows, heads and columns that do not fill it,
+    an odd number of keys, several tiles, rows that see different keys."""
+    sq, group = rows
+    q, k, v = inputs(2, sq, 331, hkv, group, d, dv, dtype)
+    k[0, 200, 0] = 2 * q[0, 0, 0]  # one row's maximum rises late and far, the others' do not
+    check(q, k, v, causal=True)
+    check(q, k, v, causal=True, window=(70, -1), sinks=torch.randn(hkv * group))
+    if sq > 1:  # the last key is seen by the last row alone
+        v[0, -1] = float("nan")
+        clean, broken = v.nan_to_num(0.0), fastops.attention(q, k, v, causal=True)
+        assert broken[0, -1].isnan().all()
+        torch.testing.assert_close(broken[0, :-1], fastops.attention(q, k, clean, causal=True)[0, :-1])
+
+
 def test_alibi_slopes_per_batch(isa):
     q, k, v = inputs(2, 3, 20, 1, 4, 64, 64, torch.float32)
     slopes = torch.rand(2, 4)

@@ -107,6 +107,25 @@ def test_products_of_codes(isa, name, dtype, hkv, group, d, dv):
     assert_matches(out, want, near, factor=2, what=name)
 
 
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("scales", DTYPES)
+@pytest.mark.parametrize(
+    ("hkv", "group", "d", "dv"), [(8, 4, 128, 128), (16, 1, 64, 192), (5, 8, 256, 24), (4, 3, 16, 40)]
+)
+def test_kv4_whatever_lies_beside_what(isa, turned, scales, hkv, group, d, dv):
+    """Scales of every type, heads or tokens side by side; the dtype of one side's may differ."""
+    cache, table, have = filled("kv4", [333, 64], page=16, hkv=hkv, d=d, dv=dv, dtype=torch.bfloat16)
+    numbers = {}
+    for name in ("k_scale", "k_zero", "v_scale", "v_zero"):
+        t = getattr(cache.quant, name).to(scales if name[0] == "k" or scales == torch.float16 else torch.bfloat16)
+        numbers[name] = t.transpose(1, 2).contiguous().transpose(1, 2) if turned else t.contiguous()
+    cache.quant = dataclasses.replace(cache.quant, **numbers)
+    q = torch.randn(2, hkv * group, d).bfloat16()
+    out = fastops.attention_paged(q, cache.k, cache.v, table, have, quant=cache.quant, window=(300, -1), causal=True)
+    want, near = (f(q, cache, table, have, None, window=(300, -1), causal=True)[0] for f in (exact, same))
+    assert_matches(out, want, near, factor=2, what="kv4")
+
+
 @pytest.mark.parametrize("name", ["int8", "kv4"])
 def test_numbers_that_are_none_stay_in_their_rows(isa, name):
     """A NaN or infinity of q, of a key's scale and of a value's: those rows are NaN, all others as before."""

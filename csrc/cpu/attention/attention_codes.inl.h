@@ -240,7 +240,7 @@ struct Codes : CodeMode<kKind> {
   void scores(int, int rows, int n) {
     const int heads = w.heads;
     const int now = kBlock < n ? kBlock : n;
-    RowStream stream(w.kr + now, n - now, k_bytes, w.vr, now, v_bytes);
+    RowStream stream(w.kr + now, n - now, k_bytes, w.vr, now, v_bytes, now);
     const View t{w.kr, w.k_step, w.D, reinterpret_cast<const int32_t*>(w.q), w.ldq, w.BK};
     const int ask =
         static_cast<int>((v_bytes / heads + 63) / 64 * 4 / chunks(w.D));  // lines of V, four times for 16 keys
@@ -379,7 +379,7 @@ struct Codes : CodeMode<kKind> {
     for (int h = 0; h < heads; ++h)
       for (int i = 0; i < rows; ++i) round_weights(static_cast<int64_t>(h) * rows + i, h, n);
     const int now = kBlock < n ? kBlock : n;
-    RowStream stream(w.vr + now, n - now, v_bytes, w.kr + w.tile, kBlock < next ? kBlock : next, k_bytes);
+    RowStream stream(w.vr + now, n - now, v_bytes, w.kr + w.tile, kBlock < next ? kBlock : next, k_bytes, now);
     const View t{w.vr, w.v_step, w.Dv, reinterpret_cast<const int32_t*>(w.p16), w.BK / 2, w.VP};
     const int share = static_cast<int>((k_bytes / heads + 63) / 64 * 4 / chunks(w.Dv)) + 1;
     for (int j = 0; j < n; j += kBlock) {

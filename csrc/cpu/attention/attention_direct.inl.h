@@ -8,35 +8,38 @@ struct RowStream {
   const char* const* next;  // the rows behind the one at work
   const char* const* then;
   const char *at = nullptr, *end = nullptr;
-  const char* run = nullptr;  // where the rows that lie side by side began
+  const char* const* oldest;  // row of the run at work
   int64_t again = 0;
   int64_t bytes, then_bytes;
-  int left, then_left;
+  int left, then_left, lag;
 
-  RowStream(const void* rows, int n, int64_t row_bytes, const void* rows2, int n2, int64_t row_bytes2)
+  // `before`: rows that stand before `rows` and were asked for already.
+  RowStream(const void* rows, int n, int64_t row_bytes, const void* rows2, int n2, int64_t row_bytes2, int before = 0)
       : next(static_cast<const char* const*>(rows)),
         then(static_cast<const char* const*>(rows2)),
+        oldest(next - before),
         bytes(row_bytes),
         then_bytes(row_bytes2),
         left(n),
-        then_left(n2) {}
+        then_left(n2),
+        lag(static_cast<int>((kAgain + row_bytes - 1) / row_bytes)) {}
   FASTOPS_INLINE bool advance() {
     if (left == 0) {
       if (then_left == 0) return false;  // all of them are on their way
-      next = then;
+      next = oldest = then;
       bytes = then_bytes;
       left = then_left;
       then_left = 0;
     }
-    at = *next++;
-    if (at != end) run = at;
-    again = at - run >= kAgain ? kAgain : 0;
+    at = *next;
+    again = next - oldest >= lag ? at - next[-lag] : 0;
+    ++next;
     end = at + bytes;
     --left;
     return true;
   }
-  // A processor drops a prefetch that finds its queue of misses full. So each line is asked for once more kAgain bytes
-  // later, while there is still time.
+  // A processor drops a prefetch that finds its queue of misses full. So each line is asked for once more, as many rows
+  // later as kAgain bytes are, while there is still time.
   static constexpr int64_t kAgain = 2 << 10;
   FASTOPS_INLINE void step(int lines) {
     _Pragma("GCC unroll 1") for (; lines > 0; --lines, at += 64) {
@@ -217,7 +220,7 @@ struct Direct {
 
   void scores(int, int rows, int n) {
     const int now = lead < n ? lead : n;
-    RowStream stream(w.kr + now, n - now, k_bytes, w.vr, now, v_bytes);
+    RowStream stream(w.kr + now, n - now, k_bytes, w.vr, now, v_bytes, now);
     const View t{w.kr, w.k_step, w.q, w.ldq, w.s, w.BK, w.rows, w.D};
     if (w.heads == 1) {  // a vector of keys at once
       for (int j = 0; j < n; j += W) {
@@ -324,7 +327,7 @@ struct Direct {
 
   void accumulate(int, int rows, int n) {
     const int now = lead < n ? lead : n, share = lines(w.Dv);
-    RowStream stream(w.vr + now, n - now, v_bytes, w.kr + w.tile, lead < next ? lead : next, k_bytes);
+    RowStream stream(w.vr + now, n - now, v_bytes, w.kr + w.tile, lead < next ? lead : next, k_bytes, now);
     const View t{w.vr, w.v_step, kBf16P ? w.p16 : w.s, kBf16P ? w.BK / 2 : w.BK, w.st.o, w.VP, w.rows, w.Dv};
     for (int j = 0; j < n; j += block) {
       const int end = j + block < n ? j + block : n;
