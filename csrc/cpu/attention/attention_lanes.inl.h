@@ -340,15 +340,11 @@ struct Lanes : LaneRows<Direct<T>, sizeof(T) == 2> {  // two keys at once load l
           x[0] = _mm512_permutex2var_epi16(_mm512_maskz_loadu_epi16(m, a), low, _mm512_maskz_loadu_epi16(m, b));
         } else {
           FASTOPS_UNROLL
-          for (int c = 0; c + 1 < NV; c += 2) {
+          for (int c = 0; c < NV; c += 2) {
             const __m512i va = _mm512_loadu_si512(a + c * W), vb = _mm512_loadu_si512(b + c * W);
             x[c] = _mm512_permutex2var_epi16(va, low, vb);
             x[c + 1] = _mm512_permutex2var_epi16(va, high, vb);
           }
-          if constexpr (NV % 2 == 1)
-            x[NV - 1] = _mm512_permutex2var_epi16(
-                _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(a + (NV - 1) * W))), low,
-                _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(b + (NV - 1) * W))));
         }
         FASTOPS_UNROLL
         for (int r = 0; r < RB; ++r) {

@@ -1,9 +1,9 @@
 // Few rows of bf16 against 4-bit codes with one scale a key and head (KV4), a row in every lane
-// (attention_lanes.inl.h). The codes are looked up in registers, in an order that costs a shift and a look-up for 32 of
-// them, and the scales are multiplied into the scores and the probabilities:
-//   q k^T = ks (q (code - 8)) + kb sum(q)        p v = (p vs) (code - 8) + p vb        b = 8 scale + min, or (8 - zero)
-//   scale
-// so that no decoded row exists anywhere (docs/design/006-quantised-kv.md).
+// (attention_lanes.inl.h). A code becomes the bf16 number 128 + code by standing in its last bits, in an order that
+// costs a shift and one more instruction for 32 of them; 128 is taken out afterwards, and the scales are multiplied
+// into the scores and the probabilities, so that no decoded row exists anywhere (docs/design/006-quantised-kv.md):
+//   q k^T = ks (q (128 + code)) + (min - 128 ks, or -(128 + zero) ks) sum(q)
+//   p v = w (128 + code) - 136 w + p (8 vs + min, or (8 - zero) vs)        w = p vs, rounded
 #if defined(FASTOPS_HAS_BF16_DOT)
 namespace fastops::cpu::FASTOPS_ISA {
 namespace {
