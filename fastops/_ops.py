@@ -134,6 +134,13 @@ else:
 ops = torch.ops.fastops
 
 
+def entry(name: str) -> Any:
+    """What calling operator `name` comes down to, without the half microsecond of Python around it. Not for code that
+    torch.compile traces: it knows the operator itself only."""
+    overload = getattr(ops, name).default
+    return getattr(overload, "_op", overload)
+
+
 def lasting(t: torch.Tensor) -> torch.Tensor:
     """A new tensor that is kept and read again and again, such as a KV cache: in large pages where the system has them.
     Before it is written first."""

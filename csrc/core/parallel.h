@@ -11,11 +11,30 @@ namespace fastops {
 // items of its own, the same in every call with as many items, so that what one call wrote is in the cache of the core
 // whose next call reads it; a worker that is done takes items of the others. `worker` < env.num_threads picks the
 // scratch. One worker runs inline.
+//
+// fixed: for work of some ten microseconds, where taking items of others costs more than it saves: each access to what
+// another core has written is a trip to that core, and handing out needs several.
 template <class F>
-void parallel_items(const fastops_env& env, int64_t n, F&& f) {
+void parallel_items(const fastops_env& env, int64_t n, const F& f, bool fixed = false) {
   const int64_t workers = env.num_threads < n ? env.num_threads : n;
   if (workers <= 1 || env.parallel_for == nullptr) {
     for (int64_t i = 0; i < n; ++i) f(i, 0);
+    return;
+  }
+  if (fixed) {
+    struct Shared {
+      int64_t items, workers;
+      const F* f;
+    } shared{n, workers, &f};
+    env.parallel_for(
+        env.parallel_ctx, workers, 1,
+        [](void* arg, int64_t begin, int64_t end) {
+          const Shared s = *static_cast<const Shared*>(arg);
+          for (int64_t worker = begin; worker < end; ++worker)
+            for (int64_t i = s.items * worker / s.workers; i < s.items * (worker + 1) / s.workers; ++i)
+              (*s.f)(i, static_cast<int>(worker));
+        },
+        &shared);
     return;
   }
   constexpr int64_t kMostRuns = 64;
@@ -26,7 +45,7 @@ void parallel_items(const fastops_env& env, int64_t n, F&& f) {
   struct Shared {
     Run runs[kMostRuns];
     int64_t count;
-    F* f;
+    const F* f;
   } shared;
   shared.count = workers < kMostRuns ? workers : kMostRuns;
   shared.f = &f;

@@ -23,6 +23,11 @@ inline int64_t rows_per_item(int64_t rows, int64_t work, const fastops_env& env)
   return per > 1 ? per : 1;
 }
 
+// Whether so many elements are so little work for each thread that every one has its fixed share (core/parallel.h).
+inline bool is_brief(int64_t elements, const fastops_env& env) {
+  return elements <= (int64_t{1} << 17) * env.num_threads;
+}
+
 // Threads for a product with an [N, K] weight.
 inline int linear_workers(const fastops_env* env, int64_t N, int64_t K) {
   constexpr int64_t kSerialWork = 100000;  // weights under which waking a thread costs more than it saves

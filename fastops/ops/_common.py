@@ -306,9 +306,12 @@ def direct(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling() or _forced.get() or _ops.missing:
         return False
     grad = torch.is_grad_enabled()
-    for t in tensors:
-        if t is not None and (not isinstance(t, Tensor) or not t.is_cpu or (grad and t.requires_grad)):
-            return False
+    try:
+        for t in tensors:
+            if t is not None and (not t.is_cpu or (grad and t.requires_grad)):
+                return False
+    except AttributeError:  # no tensor
+        return False
     return True
 
 

@@ -129,7 +129,7 @@ def run_cpp(
     return pair if return_lse else pair[0]
 
 
-_op = _ops.ops.attention.default
+_op, _at_once = _ops.ops.attention.default, _ops.entry("attention")
 
 
 class Attention(torch.autograd.Function):
@@ -233,7 +233,7 @@ def attention(
         try:
             row = operator.hit((q.dtype, q.device, False))
             if row is _CPP and not (is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
-                return _op(q, k, v, causal=causal, scale=scale)[0]
+                return _at_once(q, k, v, causal=causal, scale=scale)[0]
         except (RuntimeError, AttributeError):
             pass
     common.require_tensor("attention", "q", q)

@@ -153,7 +153,7 @@ def _operator(op: str, cpp: Any, plain: Any, validate: Any) -> Operator:
 
 
 _silu_and_mul, _gelu_and_mul = _halves_operator("silu_and_mul"), _halves_operator("gelu_and_mul")
-_DIRECT = {op: (getattr(_ops.ops, op).default, getattr(_ops.ops, f"{op}_out").default)
+_DIRECT = {op: (_ops.entry(op), _ops.entry(f"{op}_out"))
            for op in ("silu_and_mul", "gelu_and_mul", "swiglu", "geglu")}  # fmt: skip
 
 

@@ -97,6 +97,7 @@ def run_cpp(
 
 
 _op, _into = _ops.ops.int4_linear.default, _ops.ops.int4_linear_out.default
+_at_once, _into_at_once = _ops.entry("int4_linear"), _ops.entry("int4_linear_out")
 
 
 class Int4Linear(torch.autograd.Function):
@@ -159,8 +160,8 @@ def int4_linear(
             packed, int8 = weight.packed(), activations == "int8"
             try:
                 if out is None:
-                    return _op(x, packed.codes, packed.scales, n, bias=bias, int8=int8, **packed.rest)  # type: ignore[no-any-return]
-                _into(x, packed.codes, packed.scales, bias=bias, int8=int8, **packed.rest, out=out)
+                    return _at_once(x, packed.codes, packed.scales, n, bias=bias, int8=int8, **packed.rest)  # type: ignore[no-any-return]
+                _into_at_once(x, packed.codes, packed.scales, bias=bias, int8=int8, **packed.rest, out=out)
                 return out
             except RuntimeError:  # refused: the long way prepares the tensors, or says what is wrong
                 pass

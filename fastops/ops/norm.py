@@ -264,7 +264,7 @@ def _rms_cpp(
 
 
 _rms = _operator("rms_norm", _rms_cpp, _rms_reference, _rms_validate)
-_rms_op, _rms_into = _ops.ops.rms_norm.default, _ops.ops.rms_norm_out.default
+_rms_op, _rms_into = _ops.entry("rms_norm"), _ops.entry("rms_norm_out")
 
 
 def rms_norm(
@@ -349,14 +349,16 @@ def _fused_cpp(
     if common.any_grad(x, residual, weight):
         return FusedAddNorm.apply(x, residual, weight, eps, weight_offset)
     if x.dim() <= common.MAX_DIMS and common.dense_rows(x) is x and common.dense_rows(residual) is residual:
-        _fused_op(x, residual, common.kernel_vector(weight, x), eps, weight_offset=weight_offset)
+        _ops.ops.fused_add_rms_norm.default(
+            x, residual, common.kernel_vector(weight, x), eps, weight_offset=weight_offset
+        )
         return x, residual
     y, total, _, _, _ = _kernel(x, residual, weight, None, eps, weight_offset, False)
     return x.copy_(y), residual.copy_(total)
 
 
 _fused = _operator("fused_add_rms_norm", _fused_cpp, _fused_reference, _fused_validate)
-_fused_op = _ops.ops.fused_add_rms_norm.default
+_fused_op = _ops.entry("fused_add_rms_norm")
 
 
 def fused_add_rms_norm(

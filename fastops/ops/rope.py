@@ -270,7 +270,7 @@ def _qk_cpp(
 # ---- operators ------------------------------------------------------------------------------------------------------
 
 
-_qk_op, _qk_into = _ops.ops.qk_norm_rope.default, _ops.ops.qk_norm_rope_out.default
+_qk_op, _qk_into = _ops.entry("qk_norm_rope"), _ops.entry("qk_norm_rope_out")
 
 
 def _describe(q: Tensor, *args: Any, cos: Any = None, **kwargs: Any) -> Call:
@@ -397,19 +397,22 @@ def qk_norm_rope(
     caches = not (slots is None and v is None and k_cache is None and v_cache is None)
     if (out is not None or not caches) and common.direct(q, k, q_weight, k_weight, cos, sin):
         try:
+            options: dict[str, Any] = {"eps": eps}  # those that are not the operator's defaults: each one costs
+            if weight_offset:
+                options["weight_offset"] = weight_offset
+            if interleaved:
+                options["interleaved"] = True
+            if positions is not None:
+                options["positions"] = positions
             if out is None:
-                q_new, k_new = _qk_op(
-                    q, k, q_weight, k_weight, cos, sin, eps=eps, weight_offset=weight_offset, positions=positions,
-                    interleaved=interleaved,
-                )  # fmt: skip
+                q_new, k_new = _qk_op(q, k, q_weight, k_weight, cos, sin, **options)
                 return q_new, None if k is None else k_new
             q_new, k_new = out
-            _qk_into(
-                q, k, q_weight, k_weight, cos, sin, eps=eps, weight_offset=weight_offset, positions=positions,
-                interleaved=interleaved, v=v, slots=slots, q_out=q_new, k_out=None if k is None else k_new,
-                k_cache=k_cache, v_cache=v_cache,
-            )  # fmt: skip
-            return q_new, None if k is None else k_new
+            if caches:
+                options.update(v=v, slots=slots, k_cache=k_cache, v_cache=v_cache)
+            into = None if k is None else k_new
+            _qk_into(q, k, q_weight, k_weight, cos, sin, q_out=q_new, k_out=into, **options)
+            return q_new, into
         except (RuntimeError, TypeError, ValueError):  # refused: the long way prepares the tensors, or says why
             pass
     common.require_tensor("qk_norm_rope", "q", q)

@@ -35,8 +35,8 @@ struct Nibbles : LaneRows<CodeMode<kKvU4>, true> {
       for (int i = 0; i < W; ++i) heads[i] = is_row(g * W + i) ? head_of(g * W + i) : 0;
       head_in[g] = viload(heads);
     }
-    block = keys(8 << 10, 4, kDirectKeys);
-    lead = keys(8 << 10, 1, kDirectKeys);
+    block = keys(16 << 10, 4, kDirectKeys);
+    lead = keys(16 << 10, 1, kDirectKeys);
     const int fit = kDirectScores / 2 / lanes / kLeastKeys * kLeastKeys;
     w.tile = w.BK = keys(128 << 10, kLeastKeys, fit < kLeastKeys ? kLeastKeys : fit < kDirectKeys ? fit : kDirectKeys);
   }
@@ -125,31 +125,32 @@ struct Nibbles : LaneRows<CodeMode<kKvU4>, true> {
         stream.step(dim - c > kChunk / 2 ? JB * HB : (JB * HB + 1) / 2);
       }
       const __mmask32 mask = words(dim - c);
+      __m512i x[HB][JB];
       FASTOPS_UNROLL
       for (int h = 0; h < HB; ++h) {
-        __m512i x[JB];
         FASTOPS_UNROLL
         for (int j = 0; j < JB; ++j)
-          x[j] = _mm512_maskz_loadu_epi16(mask, reinterpret_cast<const uint8_t*>(rows[j]) + at[h] + c / 2);
+          x[h][j] = _mm512_maskz_loadu_epi16(mask, reinterpret_cast<const uint8_t*>(rows[j]) + at[h] + c / 2);
+      }
+      FASTOPS_UNROLL
+      for (int k = 0; k < 4 * HB; ++k) {  // head by head, a product would wait for the one before
+        const int n = k / HB, h = k % HB;
+        __m512bh v[JB];
         FASTOPS_UNROLL
-        for (int n = 0; n < 4; ++n) {
-          __m512bh v[JB];
+        for (int j = 0; j < JB; ++j) v[j] = codes(x[h][j], n);
+        if (kOneChunk) lines.ask<JB * HB>(k, 4 * HB);
+        FASTOPS_UNROLL
+        for (int i = h * RB; i < (h + 1) * RB; ++i) {
+          const __m512bh y = (__m512bh)_mm512_loadu_si512(q + (n * W + i) * W);
           FASTOPS_UNROLL
-          for (int j = 0; j < JB; ++j) v[j] = codes(x[j], n);
-          if (kOneChunk) lines.ask<JB * HB>(h * 4 + n, HB * 4);
-          FASTOPS_UNROLL
-          for (int i = h * RB; i < (h + 1) * RB; ++i) {
-            const __m512bh y = (__m512bh)_mm512_loadu_si512(q + (n * W + i) * W);
-            FASTOPS_UNROLL
-            for (int j = 0; j < JB; ++j) acc[j * kBlock + i] = _mm512_dpbf16_ps(acc[j * kBlock + i], y, v[j]);
-          }
+          for (int j = 0; j < JB; ++j) acc[j * kBlock + i] = _mm512_dpbf16_ps(acc[j * kBlock + i], y, v[j]);
         }
       }
     }
     return vreduce(acc);
   }
 
-  // Products with codes, as [keys][lanes].
+  // Scores as [keys][lanes].
   void scores(int, int, int n) {
     using Of = void (Nibbles::*)(int);
     static constexpr Of kOf[] = {&Nibbles::scores_of<1>, &Nibbles::scores_of<2>, &Nibbles::scores_of<3>,
@@ -169,28 +170,38 @@ struct Nibbles : LaneRows<CodeMode<kKvU4>, true> {
     RowStream stream(w.kr + now, n - now, k_bytes, w.vr, now, v_bytes, now);
     const Code<kKvU4>* const* rows = w.kr;
     const int64_t q_step = static_cast<int64_t>(steps) * W * W, pitch = lanes;
+    const int layout = k_numbers.layout();
+    const vf middle = vset(-128.0f);
     float* s = w.s;
     for (int j = 0; j < n; j += JB, s += JB * pitch) {  // the key behind an odd last one is that one again
+      const HeadNumbers::Pair k = k_numbers.at(layout, j, middle);
+      const HeadNumbers::Pair then = JB == 1 ? k : k_numbers.at(layout, j + 1 < n ? j + 1 : j, middle);
       const float* q = w.q;
       const int64_t* at = k_at;
       for (int g = 0; g < vectors; ++g, at += JB * HB, q += q_step) {
         const vf a = dots<RB, kOneChunk>(stream, rows + j, at, dim, q);
         if constexpr (JB == 1) {
-          vstore(s + g * W, a);
+          put(s, g, a, k);
         } else {
           const bool more = g * group + HB < heads;
           const vf b = more ? dots<RB, kOneChunk>(stream, rows + j, at + HB, dim, q + kBlock * W) : a;
-          vstore(s + g * W, vjoin_low(a, b));
-          vstore(s + pitch + g * W, vjoin_high(a, b));
+          put(s, g, vjoin_low(a, b), k);
+          put(s + pitch, g, vjoin_high(a, b), then);
         }
       }
     }
   }
 
-  // Products into scores, and those into probabilities times the scales of the values. Unseen keys get a weight of
-  // exactly 0, whatever their numbers.
+  // The products of a key with vector g of the rows, scaled.
+  FASTOPS_INLINE void put(float* s, int g, vf products, const HeadNumbers::Pair& k) const {
+    const vf shift = vmul(vtable_at(k.shift, head_in[g]), vload(q_sum + g * W));
+    vstore(s + g * W, vfma(products, vtable_at(k.scale, head_in[g]), shift));
+  }
+
+  // Scores into probabilities times the scales of the values. Unseen keys get a weight of exactly 0, whatever their
+  // numbers.
   void softmax(const AttentionParams&, int64_t key, int n, bool masked) {
-    const int k = k_numbers.layout(), v = v_numbers.layout(), layout = k == v ? k : 0;
+    const int layout = v_numbers.layout();
     if (masked || layout == 0) return softmax_of<0>(key, n, masked);
     if (layout == 1) return softmax_of<1>(key, n, false);
     if (layout == 2) return softmax_of<2>(key, n, false);
@@ -199,18 +210,10 @@ struct Nibbles : LaneRows<CodeMode<kKvU4>, true> {
   template <int kLayout>
   void softmax_of(int64_t key, int n, bool masked) {
     const float c = p.scale * kLog2e;
-    const vf cv = vset(c), k_middle = vset(-128.0f), v_middle = vset(8.0f), out = vset(-136.0f);
+    const vf cv = vset(c), middle = vset(8.0f), out = vset(-136.0f);
     const int64_t pitch = lanes;
     const int vectors = groups;
     vf mc[kDirectRows], sum[kDirectRows], more[kDirectRows];
-    for (int j = 0; j < n; ++j) {
-      const HeadNumbers::Pair k = k_numbers.at<kLayout>(j, k_middle);
-      float* s = w.s + j * pitch;
-      for (int g = 0; g < vectors; ++g) {
-        const vf shift = vmul(vtable_at(k.shift, head_in[g]), vload(q_sum + g * W));
-        vstore(s + g * W, vfma(vload(s + g * W), vtable_at(k.scale, head_in[g]), shift));
-      }
-    }
     for (int g = 0; g < vectors; ++g) {
       if (kLayout == 0 && masked) mask(w.s + g * W, key, n);
       mc[g] = offset(g, largest(w.s + g * W, n), c);
@@ -219,7 +222,7 @@ struct Nibbles : LaneRows<CodeMode<kKvU4>, true> {
     float* to = w.p16;
     for (int j = 0; j < n; j += 2, to += pitch) {
       const bool both = j + 1 < n;
-      const HeadNumbers::Pair a = v_numbers.at<kLayout>(j, v_middle), b = v_numbers.at<kLayout>(j + both, v_middle);
+      const HeadNumbers::Pair a = v_numbers.at<kLayout>(j, middle), b = v_numbers.at<kLayout>(j + both, middle);
       const float *s = w.s + j * pitch, *then = s + (both ? pitch : 0);
       for (int g = 0; g < vectors; ++g) {
         const vf x = vexp2<4>(vfma(vload(s + g * W), cv, mc[g]));
@@ -246,37 +249,55 @@ struct Nibbles : LaneRows<CodeMode<kKvU4>, true> {
     return kAny ? _mm512_maskz_mul_ps(_mm512_cmp_ps_mask(x, vzero(), _CMP_NEQ_UQ), x, y) : vmul(x, y);
   }
 
-  // o[RB rows][4 vectors] += probabilities times codes of the keys [j0, j1), two by two: the words of one half of each
-  // 128-bit lane of a chunk, at byte `at` of their rows.
-  template <int RB, bool kHigh, int kLines>
+  // o[RB rows][4 vectors] += probabilities times codes of the keys [j0, j1), two by two, at byte `at` of their rows: the
+  // words of the first half of each 128-bit lane of a chunk, of the second (o + high), or of both. kFull: all 32 words.
+  enum Half { kLow, kHigh, kBoth };
+  template <int RB, Half kHalf, int kLines, bool kFull>
   static FASTOPS_INLINE void weigh(RowStream& stream, const Code<kKvU4>* const* rows, int64_t at, const float* weights,
-                                   int64_t pitch, float* o, __mmask32 mask, int j0, int j1) {
-    vf acc[RB][4];
+                                   int64_t pitch, float* o, int64_t high, __mmask32 mask, int j0, int j1) {
+    constexpr int kHalves = kHalf == kBoth ? 2 : 1;
+    const auto part_of = [&](int half, int r) FASTOPS_LAMBDA {
+      return o + (kHalf == kHigh || half == 1 ? high : 0) + r * kPart;
+    };
+    const auto load = [&](const Code<kKvU4>* row) FASTOPS_LAMBDA {
+      const uint8_t* p = reinterpret_cast<const uint8_t*>(row) + at;
+      return kFull ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi16(mask, p);
+    };
+    vf acc[kHalves][RB][4];
     FASTOPS_UNROLL
-    for (int r = 0; r < RB; ++r) {
+    for (int half = 0; half < kHalves; ++half) {
       FASTOPS_UNROLL
-      for (int n = 0; n < 4; ++n) acc[r][n] = vload(o + r * kPart + n * W);
+      for (int r = 0; r < RB; ++r) {
+        FASTOPS_UNROLL
+        for (int n = 0; n < 4; ++n) acc[half][r][n] = vload(part_of(half, r) + n * W);
+      }
     }
     for (int j = j0; j < j1; j += 2, weights += pitch) {
       const RowStream::Lines lines = kLines > 0 ? stream.take<kLines>() : RowStream::Lines();
-      const __m512i a = _mm512_maskz_loadu_epi16(mask, reinterpret_cast<const uint8_t*>(rows[j]) + at);
-      const __m512i b = _mm512_maskz_loadu_epi16(mask, reinterpret_cast<const uint8_t*>(rows[j + 1]) + at);
-      const __m512i x = kHigh ? _mm512_unpackhi_epi16(a, b) : _mm512_unpacklo_epi16(a, b);
-      __m512bh v[4];
+      const __m512i a = load(rows[j]), b = load(rows[j + 1]);
       FASTOPS_UNROLL
-      for (int n = 0; n < 4; ++n) v[n] = codes(x, n);
-      FASTOPS_UNROLL
-      for (int r = 0; r < RB; ++r) {
-        const __m512bh pj = (__m512bh)_mm512_castps_si512(vset(weights[r]));
+      for (int half = 0; half < kHalves; ++half) {
+        const __m512i x =
+            kHalf == kHigh || half == 1 ? _mm512_unpackhi_epi16(a, b) : _mm512_unpacklo_epi16(a, b);
+        __m512bh v[4];
         FASTOPS_UNROLL
-        for (int n = 0; n < 4; ++n) acc[r][n] = _mm512_dpbf16_ps(acc[r][n], pj, v[n]);
-        lines.ask<kLines>(r, RB);
+        for (int n = 0; n < 4; ++n) v[n] = codes(x, n);
+        FASTOPS_UNROLL
+        for (int r = 0; r < RB; ++r) {
+          const __m512bh pj = (__m512bh)_mm512_castps_si512(vset(weights[r]));
+          FASTOPS_UNROLL
+          for (int n = 0; n < 4; ++n) acc[half][r][n] = _mm512_dpbf16_ps(acc[half][r][n], pj, v[n]);
+          lines.ask<kLines>(half * RB + r, kHalves * RB);
+        }
       }
     }
     FASTOPS_UNROLL
-    for (int r = 0; r < RB; ++r) {
+    for (int half = 0; half < kHalves; ++half) {
       FASTOPS_UNROLL
-      for (int n = 0; n < 4; ++n) vstore(o + r * kPart + n * W, acc[r][n]);
+      for (int r = 0; r < RB; ++r) {
+        FASTOPS_UNROLL
+        for (int n = 0; n < 4; ++n) vstore(part_of(half, r) + n * W, acc[half][r][n]);
+      }
     }
   }
 
@@ -289,7 +310,13 @@ struct Nibbles : LaneRows<CodeMode<kKvU4>, true> {
   }
   template <int RB>
   void accumulate_of(int n) {
-    constexpr int kBlock = block_lanes(RB), HB = kBlock / RB, kFirst = RB < 4 ? RB : 4;
+    if (w.Dv % kChunk == 0) return accumulate_in<RB, true>(n);
+    accumulate_in<RB, false>(n);
+  }
+  template <int RB, bool kFull>
+  void accumulate_in(int n) {
+    constexpr int kBlock = block_lanes(RB), HB = kBlock / RB, kFirst = RB < 4 ? RB : 4, kRest = RB - kFirst;
+    constexpr int64_t kHighAt = kPart * RB;
     const int now = lead < n ? lead : n, dim = w.Dv;
     RowStream stream(w.vr + now, n - now, v_bytes, w.kr + w.tile, lead < next ? lead : next, k_bytes, now);
     const int64_t v_step = w.v_step, pitch = lanes;
@@ -300,19 +327,25 @@ struct Nibbles : LaneRows<CodeMode<kKvU4>, true> {
       float* o = w.st.o;
       for (int h = 0; h < w.heads; ++h) {
         const float* mine = x + h / HB * kBlock + h % HB * RB;
-        for (int c = 0; c < dim; c += kChunk, o += 2 * kPart * RB) {
+        for (int c = 0; c < dim; c += kChunk, o += 2 * kHighAt) {
           const __mmask32 mask = words(dim - c);
           const int64_t at = h * v_step + c / 2;
-          if (dim - c > kChunk / 2 || h % 2 == 0) {
-            weigh<kFirst, false, 2>(stream, v, at, mine, pitch, o, mask, j, end);
-          } else {
-            weigh<kFirst, false, 0>(stream, v, at, mine, pitch, o, mask, j, end);
+          const bool high = kFull || dim - c > 16;
+          if (RB <= 2 && high) {  // few rows: one half alone has too few sums under way
+            weigh<kFirst, kBoth, 2, kFull>(stream, v, at, mine, pitch, o, kHighAt, mask, j, end);
+            continue;
           }
-          if constexpr (RB > 4) weigh<RB - 4, false, 0>(stream, v, at, mine + 4, pitch, o + 4 * kPart, mask, j, end);
-          if (dim - c <= 16) continue;
-          float* high = o + kPart * RB;
-          weigh<kFirst, true, 0>(stream, v, at, mine, pitch, high, mask, j, end);
-          if constexpr (RB > 4) weigh<RB - 4, true, 0>(stream, v, at, mine + 4, pitch, high + 4 * kPart, mask, j, end);
+          if (kFull || dim - c > kChunk / 2 || h % 2 == 0) {
+            weigh<kFirst, kLow, 2, kFull>(stream, v, at, mine, pitch, o, kHighAt, mask, j, end);
+          } else {
+            weigh<kFirst, kLow, 0, kFull>(stream, v, at, mine, pitch, o, kHighAt, mask, j, end);
+          }
+          if (high) weigh<kFirst, kHigh, 0, kFull>(stream, v, at, mine, pitch, o, kHighAt, mask, j, end);
+          if constexpr (kRest > 0) {
+            float* then = o + 4 * kPart;
+            weigh<kRest, kLow, 0, kFull>(stream, v, at, mine + 4, pitch, then, kHighAt, mask, j, end);
+            if (high) weigh<kRest, kHigh, 0, kFull>(stream, v, at, mine + 4, pitch, then, kHighAt, mask, j, end);
+          }
         }
       }
     }

@@ -133,18 +133,19 @@ struct HeadNumbers {
   // What `at` has to know: the type of numbers that lie side by side, 0 for others.
   int layout() const { return q.scale_s[2] == 1 && (q.shift == nullptr || q.shift_s[2] == 1) ? q.scale_dtype : 0; }
 
-  // Finds the numbers of the next tile, keys [key, key + n), and asks for them.
+  // Finds the numbers of the next tile, keys [key, key + n), and asks for their lines.
   void find(const AttentionParams& p, const AttentionItem& it, const int32_t* page_table, int64_t key, int n) {
     const int size = q.scale_dtype == 1 ? 4 : 2;
     for (int j = 0; j < n;) {
       const int64_t t = key + j, page = page_table[(t >> p.page_shift) * p.table_sp];
       const int64_t scale = page * q.scale_s[0] + it.hkv * q.scale_s[2];
       const int64_t shift = page * q.shift_s[0] + it.hkv * q.shift_s[2];
+      const char *scale_line = nullptr, *shift_line = nullptr;
       for (int64_t slot = t & p.page_mask; slot <= p.page_mask && j < n; ++slot, ++j) {
         const int64_t group = slot >> q.group_shift;
         next[j] = {scale + group * q.scale_s[1], q.shift ? shift + group * q.shift_s[1] : 0};
-        vprefetch(q.scale + next[j].scale * size);
-        if (q.shift) vprefetch(q.shift + next[j].shift * size);
+        ask(q.scale + next[j].scale * size, &scale_line);
+        if (q.shift) ask(q.shift + next[j].shift * size, &shift_line);
       }
     }
   }
@@ -155,6 +156,11 @@ struct HeadNumbers {
   }
 
   // Those of key j of this tile. A shift stands for `middle` times the scale and a minimum, or less a zero.
+  FASTOPS_INLINE Pair at(int layout, int j, vf middle) const {
+    if (layout == 2) return at<2>(j, middle);
+    if (layout == 3) return at<3>(j, middle);
+    return layout == 1 ? at<1>(j, middle) : at<0>(j, middle);
+  }
   template <int kLayout>
   FASTOPS_INLINE Pair at(int j, vf middle) const {
     static constexpr int64_t kNone[W / 2] = {};
@@ -165,6 +171,12 @@ struct HeadNumbers {
   }
 
  private:
+  // A line behind the one asked for last.
+  static FASTOPS_INLINE void ask(const char* at, const char** last) {
+    if (*last != nullptr && at >= *last && at < *last + 64) return;
+    vprefetch(at);
+    *last = reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(at) & ~uintptr_t{63});
+  }
   template <int kLayout>
   FASTOPS_INLINE vf numbers(const char* base, int64_t at, int64_t step) const {
     if constexpr (kLayout == 0) {

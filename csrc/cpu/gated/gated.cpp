@@ -36,19 +36,23 @@ extern "C" fastops_status fastops_gated(const fastops_gated_desc* desc, fastops_
   // An item is a piece of one long row, or several short rows.
   const int64_t rows_per_item = n < kItemSize ? kItemSize / n : 1, pieces = (n + kItemSize - 1) / kItemSize;
   const int64_t items = (rows + rows_per_item - 1) / rows_per_item * pieces;
-  parallel_items(*env, items, [&](int64_t item, int) {
+  const auto run = [&](int64_t item, int) {
     const int64_t first = item / pieces * rows_per_item, begin = item % pieces * kItemSize;
     const int64_t end = first + rows_per_item < rows ? first + rows_per_item : rows;
     for (int64_t row = first; row < end; ++row) {
       const auto at = [&](const Rows& t) { return t ? t.at(row) + begin * esize : nullptr; };
-      const GatedPiece p{
-          at(gate), at(up), at(dout), at(out), at(dgate), at(dup), n - begin < kItemSize ? n - begin : kItemSize,
-          stream};
+      const int64_t size = n - begin < kItemSize ? n - begin : kItemSize;
+      const bool ends = begin + size == n, last_row = row + 1 == rows;  // of its row; of all
+      const auto then = [&](const Rows& t) {
+        return !ends ? t.at(row) + (begin + size) * esize : last_row ? nullptr : t.at(row + 1);
+      };
+      const GatedPiece p{at(gate), at(up), at(dout), at(out), at(dgate), at(dup), size, stream, then(gate), then(up)};
       if (backward)
         variant.table.backward(p, d.activation, d.gate.dtype);
       else
         variant.table.forward(p, d.activation, d.gate.dtype);
     }
-  });
+  };
+  parallel_items(*env, items, run, is_brief(rows * n, *env));
   return FASTOPS_OK;
 }

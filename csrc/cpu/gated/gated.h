@@ -12,6 +12,7 @@ struct GatedPiece {
   char *out, *dgate, *dup;
   int64_t n;
   bool stream;
+  const char *next_gate, *next_up;  // what is read after this piece, or null; forward asks for its beginning
 };
 
 struct GatedTable {

@@ -50,32 +50,33 @@ void gated_forward_as(const GatedPiece& p) {
   const T* gate = reinterpret_cast<const T*>(p.gate);
   const T* up = reinterpret_cast<const T*>(p.up);
   T* out = reinterpret_cast<T*>(p.out);
-  const auto full = [&](int64_t at, vf* y)
-                        FASTOPS_LAMBDA { *y = gated_one<T, kActivation>(vload(gate + at), vload(up + at)); };
+  const T *next_gate = reinterpret_cast<const T*>(p.next_gate), *next_up = reinterpret_cast<const T*>(p.next_up);
+  const int64_t size = p.n;
   // The lines of both inputs are asked for well before their use: two streams are more than some prefetchers follow.
   constexpr int64_t kAhead = 2048 / static_cast<int64_t>(sizeof(T)), kLine = 64 / static_cast<int64_t>(sizeof(T));
-  const auto ask = [&](int64_t at) FASTOPS_LAMBDA {
-    if (at % kLine != 0) return;
-    vprefetch(gate + at + kAhead);
-    vprefetch(up + at + kAhead);
-  };
-  vf a, b;
   int64_t i = 0;
-  if constexpr (kStream)
-    for (; i + 2 * W <= p.n; i += 2 * W) {
-      ask(i);
-      ask(i + W);
-      full(i, &a);
-      full(i + W, &b);
-      vstream(out + i, a, b);
-    }
-  for (; i + W <= p.n; i += W) {
-    ask(i);
-    full(i, &a);
-    vstore(out + i, a);
+  const auto ask = [&](int64_t at) FASTOPS_LAMBDA {
+    const int64_t over = at + kAhead - size;  // beyond the end of this piece
+    vprefetch(over < 0 ? gate + at + kAhead : next_gate + over);
+    vprefetch(over < 0 ? up + at + kAhead : next_up + over);
+    if constexpr (!kStream) vprefetch_to_write(out + at + kAhead);
+  };
+  for (; i + 2 * W <= size; i += 2 * W) {
+    for (int64_t at = i; at < i + 2 * W; at += kLine)
+      if (kLine <= 2 * W || at % kLine == 0) ask(at);
+    vf g[2], u[2];
+    vload_pair(gate + i, g, g + 1);
+    vload_pair(up + i, u, u + 1);
+    for (int k = 0; k < 2; ++k) g[k] = gated_one<T, kActivation>(g[k], u[k]);
+    if constexpr (kStream)
+      vstream_pair(out + i, g[0], g[1]);
+    else
+      vstore_pair(out + i, g[0], g[1]);
   }
-  const int rest = static_cast<int>(p.n - i);
-  if (rest > 0) vstoren(out + i, gated_one<T, kActivation>(vloadn(gate + i, rest), vloadn(up + i, rest)), rest);
+  for (; i < size; i += W) {
+    const int m = static_cast<int>(size - i < W ? size - i : W);
+    vstoren(out + i, gated_one<T, kActivation>(vloadn(gate + i, m), vloadn(up + i, m)), m);
+  }
   if (kStream) vstream_done();
 }
 

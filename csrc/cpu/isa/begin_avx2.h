@@ -2,7 +2,7 @@
 // purpose.
 #define FASTOPS_ISA avx2
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
+#pragma GCC target("avx2,fma,f16c,prfchw")
 #include "cpu/isa/vec_avx2.h"
 
 #include "cpu/isa/math.inl.h"

@@ -2,7 +2,7 @@
 // on purpose.
 #define FASTOPS_ISA avx512
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
+#pragma GCC target("avx2,fma,f16c,prfchw,avx512f,avx512bw,avx512dq,avx512vl")
 #include "cpu/isa/vec_avx512.h"
 
 #include "cpu/isa/math.inl.h"

@@ -3,16 +3,43 @@
 namespace fastops::cpu::FASTOPS_ISA {
 namespace {
 
+// 2 W elements.
+template <class T>
+FASTOPS_INLINE void vstore2(T* p, vf a, vf b) {
+  vstore(p, a);
+  vstore(p + W, b);
+}
+// 2 W elements in whatever order is quickest for the type, which vstore_pair and vstream_pair turn back.
+template <class T>
+FASTOPS_INLINE void vload_pair(const T* p, vf* a, vf* b) {
+  *a = vload(p);
+  *b = vload(p + W);
+}
+template <class T>
+FASTOPS_INLINE void vstore_pair(T* p, vf a, vf b) {
+  vstore2(p, a, b);
+}
+template <class T>
+FASTOPS_INLINE void vstream_pair(T* p, vf a, vf b) {
+  vstream(p, a, b);
+}
+// sum, and the squares of 2 W elements.
+template <class T>
+FASTOPS_INLINE vf vadd_squares2(vf sum, const T* p) {
+  const vf a = vload(p), b = vload(p + W);
+  return vfma(b, b, vfma(a, a, sum));
+}
+
 constexpr float kLog2e = 1.44269504088896341f;
 constexpr float kLn2 = 0.693147180559945309f;
 
-// 2^x for x <= 127; x below -127 (and -inf) gives exactly 0, NaN gives NaN.
+// 2^x for x <= 127; x below -150 (and -inf) gives exactly 0, in some variants x below -126.5 does; NaN gives NaN.
 // Range reduction x = n + f, |f| <= 1/2 and a minimax polynomial for 2^f (the software exp of FlashAttention-4, section
 // 3.2 there, in the degree each caller's rounding hides). Relative error: degree 3 8.1e-5, 4 2.8e-6, 6 2.0e-9.
 template <int kDegree>
 FASTOPS_INLINE vf vexp2(vf x) {
   static_assert(kDegree == 3 || kDegree == 4 || kDegree == 6, "no coefficients for this degree");
-  x = vmax(vset(-127.0f), x);  // second operand: a NaN passes through
+  x = vmax(vset(kLdexpZero), x);  // second operand: a NaN passes through
   const vf n = vround(x);
   const vf f = vsub(x, n);
   vf p;
@@ -33,9 +60,7 @@ FASTOPS_INLINE vf vexp2(vf x) {
     p = vfma(p, f, vset(0.693147206703f));
     p = vfma(p, f, vset(1.0f));
   }
-  const vf y = vldexp(p, n);
-  // Variants that build 2^n in the exponent field already give 0 at n = -127; scalef would give a subnormal.
-  return vkeep_ge(y, x, -126.5f);
+  return vldexp(p, n);
 }
 
 // tanh(x) = 1 - 2 / (exp(2x) + 1), and x - x^3/3 + 2x^5/15 - 17x^7/315 near 0 where that would cancel.
@@ -51,10 +76,11 @@ FASTOPS_INLINE vf vtanh(vf x) {
   return vselect_gt(vset(0.15f), vabs(t), small, big);
 }
 
-// exp(-x), at most 2^127: what 1 / (1 + exp(-x)) needs.
+// exp(-x), at most 2^127 or infinity: what 1 / (1 + exp(-x)) needs.
 template <int kDegree>
 FASTOPS_INLINE vf vexp_minus(vf x) {
-  return vexp2<kDegree>(vmin(vset(127.0f), vmul(x, vset(-kLog2e))));
+  const vf y = vmul(x, vset(-kLog2e));
+  return vexp2<kDegree>(kLdexpInfinite ? y : vmin(vset(127.0f), y));
 }
 
 // The standard normal distribution at x and its density, by erfc(z) = t Q(t) exp(-z^2), t = 1 / (1 + 0.4 z), z >= 0; Q

@@ -86,6 +86,8 @@ FASTOPS_INLINE vf vmax(vf a, vf b) { return _mm256_max_ps(a, b); }
 FASTOPS_INLINE vf vmin(vf a, vf b) { return _mm256_min_ps(a, b); }
 FASTOPS_INLINE vf vabs(vf a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
 FASTOPS_INLINE vf vround(vf x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+constexpr float kLdexpZero = -127.0f;  // here vldexp gives 0; further down it is wrong
+constexpr bool kLdexpInfinite = false;
 FASTOPS_INLINE vf vldexp(vf p, vf n) {
   const __m256i e = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
   return _mm256_mul_ps(p, _mm256_castsi256_ps(e));
@@ -241,6 +243,7 @@ FASTOPS_INLINE vf vload_u2(const uint8_t* p) {
   return _mm256_cvtepi32_ps(_mm256_and_si256(x, _mm256_set1_epi32(3)));
 }
 FASTOPS_INLINE void vprefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+FASTOPS_INLINE void vprefetch_to_write(const void* p) { __builtin_prefetch(p, 1); }
 
 }  // namespace
 }  // namespace fastops::cpu::FASTOPS_ISA

@@ -61,7 +61,34 @@ FASTOPS_INLINE void vstream_halves(void* p, __m256i a, __m256i b) {
 FASTOPS_INLINE void vstream(f16* p, vf a, vf b) {
   vstream_halves(p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT), _mm512_cvtps_ph(b, _MM_FROUND_TO_NEAREST_INT));
 }
+#if defined(FASTOPS_HAS_BF16_DOT)
+FASTOPS_INLINE __m512i vnarrow_bf16(vf a, vf b) { return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a)); }
+FASTOPS_INLINE void vstream(bf16* p, vf a, vf b) {
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), vnarrow_bf16(a, b));
+}
+// Better forms of what math.inl.h has for every type.
+FASTOPS_INLINE void vload_pair(const bf16* p, vf* even, vf* odd) {
+  const __m512i x = _mm512_loadu_si512(p);
+  *even = _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
+  *odd = _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+FASTOPS_INLINE __m512i vnarrow_pair(vf even, vf odd) {
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i order = _mm512_or_si512(lanes, _mm512_slli_epi32(_mm512_add_epi32(lanes, _mm512_set1_epi32(16)), 16));
+  return _mm512_permutexvar_epi16(order, vnarrow_bf16(even, odd));
+}
+FASTOPS_INLINE void vstore_pair(bf16* p, vf even, vf odd) { _mm512_storeu_si512(p, vnarrow_pair(even, odd)); }
+FASTOPS_INLINE void vstream_pair(bf16* p, vf even, vf odd) {
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), vnarrow_pair(even, odd));
+}
+FASTOPS_INLINE void vstore2(bf16* p, vf a, vf b) { _mm512_storeu_si512(p, vnarrow_bf16(a, b)); }
+FASTOPS_INLINE vf vadd_squares2(vf sum, const bf16* p) {
+  const auto x = reinterpret_cast<__m512bh>(_mm512_loadu_si512(p));
+  return _mm512_dpbf16_ps(sum, x, x);
+}
+#else
 FASTOPS_INLINE void vstream(bf16* p, vf a, vf b) { vstream_halves(p, vnarrow_bf16(a), vnarrow_bf16(b)); }
+#endif
 FASTOPS_INLINE void vstream_done() { _mm_sfence(); }
 // W numbers as e4m3 (finite only): round to nearest even; what is beyond 448 becomes 448, a NaN stays one.
 FASTOPS_INLINE void vstore_f8(uint8_t* p, vf x) {
@@ -89,6 +116,8 @@ FASTOPS_INLINE vf vmin(vf a, vf b) { return _mm512_min_ps(a, b); }
 FASTOPS_INLINE vf vabs(vf a) { return _mm512_abs_ps(a); }
 FASTOPS_INLINE vf vround(vf x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 FASTOPS_INLINE vf vldexp(vf p, vf n) { return _mm512_scalef_ps(p, n); }
+constexpr float kLdexpZero = -160.0f;  // from here down it gives 0
+constexpr bool kLdexpInfinite = true;  // and infinity, not nonsense, beyond 2^127
 // y where x >= lo (a NaN x counts), else 0.
 FASTOPS_INLINE vf vkeep_ge(vf y, vf x, float lo) {
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(lo), _CMP_NLT_UQ), y);
@@ -295,6 +324,7 @@ FASTOPS_INLINE __m512i vload_f8_bf16(const uint8_t* p) {
 }
 #endif
 FASTOPS_INLINE void vprefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+FASTOPS_INLINE void vprefetch_to_write(const void* p) { __builtin_prefetch(p, 1); }
 
 }  // namespace
 }  // namespace fastops::cpu::FASTOPS_ISA

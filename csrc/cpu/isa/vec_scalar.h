@@ -55,6 +55,8 @@ FASTOPS_INLINE vf vround(vf x) {
   const vf magic = vset(12582912.0f);
   return (x + magic) - magic;
 }
+constexpr float kLdexpZero = -127.0f;  // here vldexp gives 0; further down it is wrong
+constexpr bool kLdexpInfinite = false;
 FASTOPS_INLINE vf vldexp(vf p, vf n) {
   const vi e = (__builtin_convertvector(n, vi) + 127) << 23;
   vf scale;
@@ -197,6 +199,7 @@ FASTOPS_INLINE vf vload_u2(const uint8_t* p) {
   return x;
 }
 FASTOPS_INLINE void vprefetch(const void* p) { __builtin_prefetch(p); }
+FASTOPS_INLINE void vprefetch_to_write(const void* p) { __builtin_prefetch(p, 1); }
 
 }  // namespace
 }  // namespace fastops::cpu::FASTOPS_ISA

@@ -11,6 +11,8 @@ namespace {
 
 constexpr int64_t kGroups = 64;  // at most so many partial sums of dweight: fixed by the shape, so results are, too
 
+constexpr int64_t kRoom = 3;  // rows of floats for each worker: weight, bias, and results to be quantised
+
 int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
 
 int64_t rows_per_group(const fastops_norm_bwd_desc& d) {
@@ -20,7 +22,7 @@ int64_t rows_per_group(const fastops_norm_bwd_desc& d) {
 
 size_t workspace(const fastops_norm_desc& d, const fastops_env& env) {
   const int64_t threads = env.num_threads > 1 ? env.num_threads : 1;
-  return static_cast<size_t>((2 + (given(d.scales) ? threads : 0)) * padded(last(d.x)) * 4);
+  return static_cast<size_t>(threads * kRoom * padded(last(d.x)) * 4);
 }
 size_t workspace(const fastops_norm_bwd_desc& d) {
   const int64_t rows = elements(d.s) / last(d.s), per = rows_per_group(d), groups = (rows + per - 1) / per;
@@ -73,9 +75,8 @@ extern "C" fastops_status fastops_norm(const fastops_norm_desc* desc, fastops_en
   a.residual = Rows(d.residual);
   a.sum = Rows(d.sum);
   a.out = Rows(d.out);
+  a.rows = rows;
   a.n = n;
-  a.weight = widened(variant.table, d.weight, d.weight_offset, room);
-  a.bias = widened(variant.table, d.bias, 0.0f, room + padded(n));
   a.scales = static_cast<float*>(d.scales.data);
   a.mean = static_cast<float*>(d.mean.data);
   a.rstd = static_cast<float*>(d.rstd.data);
@@ -85,11 +86,23 @@ extern "C" fastops_status fastops_norm(const fastops_norm_desc* desc, fastops_en
   a.out_dtype = d.out.dtype;
   const int64_t row_bytes = n * size_of(d.out.dtype);
   a.stream = d.out.data != d.x.data && rows * row_bytes >= kStreamBytes && row_bytes % 64 == 0 && a.out.aligned(64);
-  const int64_t per = rows_per_item(rows, n, *env);
-  parallel_items(*env, (rows + per - 1) / per, [&](int64_t item, int worker) {
+  const auto widen = [&](NormArgs& args, float* to) {
+    args.weight = widened(variant.table, d.weight, d.weight_offset, to);
+    args.bias = widened(variant.table, d.bias, 0.0f, to + padded(n));
+  };
+  // A brief call's workers widen the weights each for itself: that is quicker than fetching them from another core.
+  const bool brief = is_brief(rows * n, *env);
+  if (!brief) widen(a, room);
+  const int64_t threads = env->num_threads > 1 ? env->num_threads : 1;
+  const int64_t per = brief ? (rows + threads - 1) / threads : rows_per_item(rows, n, *env);
+  const auto run = [&](int64_t item, int worker) {
     const int64_t first = item * per, end = first + per < rows ? first + per : rows;
-    variant.table.forward(a, first, end, room + (2 + worker) * padded(n));
-  });
+    float* const own = room + worker * kRoom * padded(n);
+    NormArgs mine = a;
+    if (brief) widen(mine, own);
+    variant.table.forward(mine, first, end, own + 2 * padded(n));
+  };
+  parallel_items(*env, (rows + per - 1) / per, run, brief);
   return FASTOPS_OK;
 }
 

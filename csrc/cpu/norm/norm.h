@@ -8,7 +8,7 @@ namespace fastops::cpu {
 
 struct NormArgs {
   Rows x, residual, sum, out;
-  int64_t n;
+  int64_t rows, n;
   const float* weight;  // weight + offset, or null for ones
   const float* bias;    // or null
   float *scales, *mean, *rstd;

@@ -28,6 +28,7 @@ FASTOPS_INLINE float norm_total(const T* x, const T* r, int64_t n, F&& f) {
 }
 
 // Lines of the next row, asked for while this one's results are made: the first pass over it then finds them there.
+// (Behind the last row of an item comes the first one of the next, which the same thread takes as a rule.)
 template <class T>
 struct NormNext {
   const T *x, *r;  // or null
@@ -38,53 +39,56 @@ struct NormNext {
   }
 };
 
-// y = (s - mean) rstd weight + bias for `m` elements of the row, and s itself to `sum`.
-template <class T, bool kAdd>
-FASTOPS_INLINE vf norm_one(const NormArgs& a, const T* x, const T* r, T* sum, vf mean, vf rstd, int64_t i, int m) {
-  const vf s = m == W ? norm_take<T, kAdd>(x, r, i) : norm_take_n<T, kAdd>(x, r, i, m);
-  vf y = a.layer ? vmul(vsub(s, mean), rstd) : vmul(s, rstd);
-  if (a.weight) y = vmul(y, m == W ? vload(a.weight + i) : vloadn(a.weight + i, m));
-  if (a.bias) y = vadd(y, m == W ? vload(a.bias + i) : vloadn(a.bias + i, m));
-  if constexpr (kAdd) {
-    if (m == W)
-      vstore(sum + i, s);
-    else
-      vstoren(sum + i, s, m);
-  }
-  return y;
-}
+// A row and what turns it into results, by value: results may be stored over anything the arguments point to.
+template <class T, bool kAdd, bool kLayer>
+struct NormRow {
+  const T *x, *r;
+  T* sum;
+  const float *weight, *bias;
+  vf mean, rstd;
 
-// A row of results: two vectors at a time past the caches, where every pair is aligned.
-template <class T, class O, bool kAdd, bool kStream>
-FASTOPS_INLINE void norm_finish(const NormArgs& a, const T* x, const T* r, T* sum, O* out, NormNext<T> next, float mean,
-                                float rstd) {
-  const vf middle = vset(mean), scale = vset(rstd);
-  int64_t i = 0;
-  if constexpr (kStream) {
-    for (; i + 2 * W <= a.n; i += 2 * W) {
-      next.ask(i);
-      next.ask(i + W);
-      const vf first = norm_one<T, kAdd>(a, x, r, sum, middle, scale, i, W);
-      vstream(out + i, first, norm_one<T, kAdd>(a, x, r, sum, middle, scale, i + W, W));
+  // y = (s - mean) rstd weight + bias for `m` elements, and s itself to `sum`.
+  FASTOPS_INLINE vf one(int64_t i, int m) const {
+    const vf s = m == W ? norm_take<T, kAdd>(x, r, i) : norm_take_n<T, kAdd>(x, r, i, m);
+    vf y = vmul(kLayer ? vsub(s, mean) : s, rstd);
+    if (weight) y = vmul(y, m == W ? vload(weight + i) : vloadn(weight + i, m));
+    if (kLayer && bias) y = vadd(y, m == W ? vload(bias + i) : vloadn(bias + i, m));
+    if constexpr (kAdd) {
+      if (m == W)
+        vstore(sum + i, s);
+      else
+        vstoren(sum + i, s, m);
     }
+    return y;
   }
-  for (; i + W <= a.n; i += W) {
+};
+
+// A row of results, two vectors at a time; kStream: past the caches, where every pair is aligned.
+template <bool kStream, class O, class T, bool kAdd, bool kLayer>
+FASTOPS_INLINE void norm_finish(const NormRow<T, kAdd, kLayer> row, O* out, const NormNext<T> next, int64_t n) {
+  int64_t i = 0;
+  for (; i + 2 * W <= n; i += 2 * W) {
     next.ask(i);
-    vstore(out + i, norm_one<T, kAdd>(a, x, r, sum, middle, scale, i, W));
+    next.ask(i + W);
+    const vf first = row.one(i, W), second = row.one(i + W, W);
+    if constexpr (kStream)
+      vstream(out + i, first, second);
+    else
+      vstore2(out + i, first, second);
   }
-  const int rest = static_cast<int>(a.n - i);
-  if (rest > 0) vstoren(out + i, norm_one<T, kAdd>(a, x, r, sum, middle, scale, i, rest), rest);
+  for (; i < n; i += W) {
+    const int m = static_cast<int>(n - i < W ? n - i : W);
+    vstoren(out + i, row.one(i, m), m);
+  }
 }
 
 // The same into floats; returns the largest magnitude, or NaN where a result is not finite (a maximum may lose it).
-template <class T, bool kAdd>
-FASTOPS_INLINE float norm_finish_wide(const NormArgs& a, const T* x, const T* r, T* sum, float* out, float mean,
-                                      float rstd) {
-  const vf middle = vset(mean), scale = vset(rstd);
+template <class T, bool kAdd, bool kLayer>
+FASTOPS_INLINE float norm_finish_wide(const NormRow<T, kAdd, kLayer> row, float* out, int64_t n) {
   vf top = vzero(), odd = vzero();
-  for (int64_t i = 0; i < a.n; i += W) {
-    const int m = static_cast<int>(a.n - i < W ? a.n - i : W);
-    vf y = norm_one<T, kAdd>(a, x, r, sum, middle, scale, i, m);
+  for (int64_t i = 0; i < n; i += W) {
+    const int m = static_cast<int>(n - i < W ? n - i : W);
+    vf y = row.one(i, m);
     if (m < W) y = vkeep(y, 0, m, 0.0f);
     top = vmax(top, vabs(y));
     odd = vfma(y, vzero(), odd);
@@ -106,7 +110,36 @@ FASTOPS_INLINE void norm_quantise(const float* y, Q* out, int64_t n, float inver
   }
 }
 
-template <class T, class O, bool kAdd, bool kStream>
+// The sum of squares of x (+ residual), less `mean` where there is one. The lines of `out` (or null) are asked for
+// meanwhile: the memory would be idle, and stores would wait for them one by one.
+template <class T, bool kAdd, bool kLayer, class O>
+FASTOPS_INLINE float norm_squares(const T* x, const T* r, int64_t n, float mean, const O* out) {
+  if constexpr (!kAdd && !kLayer) {
+    vf acc[4] = {vzero(), vzero(), vzero(), vzero()};
+    int64_t i = 0;
+    for (; i + 8 * W <= n; i += 8 * W) {
+      FASTOPS_UNROLL
+      for (int u = 0; u < 4; ++u) acc[u] = vadd_squares2(acc[u], x + i + 2 * u * W);
+      if (out != nullptr) {
+        FASTOPS_UNROLL
+        for (int u = 0; u < 8 * W; u += 64 / static_cast<int>(sizeof(O))) vprefetch_to_write(out + i + u);
+      }
+    }
+    for (; i < n; i += W) {
+      const vf s = vloadn(x + i, static_cast<int>(n - i < W ? n - i : W));
+      acc[0] = vfma(s, s, acc[0]);
+    }
+    return vsum(vadd(vadd(acc[0], acc[1]), vadd(acc[2], acc[3])));
+  }
+  const vf middle = vset(mean);
+  return norm_total<T, kAdd>(x, r, n, [&](vf& t, vf s, int m) FASTOPS_LAMBDA {
+    vf d = kLayer ? vsub(s, middle) : s;
+    if (kLayer && m < W) d = vkeep(d, 0, m, 0.0f);
+    t = vfma(d, d, t);
+  });
+}
+
+template <class T, class O, bool kAdd, bool kLayer, bool kStream>
 void norm_rows(const NormArgs& a, int64_t first, int64_t last, float* scratch) {
   const float count = 1.0f / static_cast<float>(a.n);
   for (int64_t row = first; row < last; ++row) {
@@ -114,58 +147,63 @@ void norm_rows(const NormArgs& a, int64_t first, int64_t last, float* scratch) {
     const T* r = kAdd ? reinterpret_cast<const T*>(a.residual.at(row)) : nullptr;
     T* sum = kAdd ? reinterpret_cast<T*>(a.sum.at(row)) : nullptr;
     float mean = 0.0f;
-    if (a.layer) mean = norm_total<T, kAdd>(x, r, a.n, [](vf& t, vf s, int) FASTOPS_LAMBDA { t = vadd(t, s); }) * count;
-    const vf middle = vset(mean);
-    const float squares = norm_total<T, kAdd>(x, r, a.n, [&](vf& t, vf s, int m) FASTOPS_LAMBDA {
-      vf d = vsub(s, middle);
-      if (m < W) d = vkeep(d, 0, m, 0.0f);
-      t = vfma(d, d, t);
-    });
+    if (kLayer) mean = norm_total<T, kAdd>(x, r, a.n, [](vf& t, vf s, int) FASTOPS_LAMBDA { t = vadd(t, s); }) * count;
+    O* const out = reinterpret_cast<O*>(a.out.at(row));
+    const float squares = norm_squares<T, kAdd, kLayer>(x, r, a.n, mean, kStream ? nullptr : out);
     const float rstd = 1.0f / __builtin_sqrtf(squares * count + a.eps);
     if (a.mean) a.mean[row] = mean;
     if (a.rstd) a.rstd[row] = rstd;
+    const NormRow<T, kAdd, kLayer> now{x, r, sum, a.weight, a.bias, vset(mean), vset(rstd)};
     if constexpr (sizeof(O) > 1) {
       NormNext<T> next{};
-      if (row + 1 < last) next.x = reinterpret_cast<const T*>(a.x.at(row + 1));
-      if (kAdd && row + 1 < last) next.r = reinterpret_cast<const T*>(a.residual.at(row + 1));
-      norm_finish<T, O, kAdd, kStream>(a, x, r, sum, reinterpret_cast<O*>(a.out.at(row)), next, mean, rstd);
+      if (row + 1 < a.rows) next.x = reinterpret_cast<const T*>(a.x.at(row + 1));
+      if (kAdd && row + 1 < a.rows) next.r = reinterpret_cast<const T*>(a.residual.at(row + 1));
+      norm_finish<kStream>(now, out, next, a.n);
     } else {
-      const float most = norm_finish_wide<T, kAdd>(a, x, r, sum, scratch, mean, rstd);
+      const float most = norm_finish_wide(now, scratch, a.n);
       const float scale = most == 0.0f ? 1.0f : most / (a.out_dtype == FASTOPS_I8 ? 127.0f : 448.0f);
       a.scales[row] = scale;
       if (a.out_dtype == FASTOPS_I8)
-        norm_quantise(scratch, reinterpret_cast<int8_t*>(a.out.at(row)), a.n, 1.0f / scale,
+        norm_quantise(scratch, reinterpret_cast<int8_t*>(out), a.n, 1.0f / scale,
                       [](int8_t* p, vf y) FASTOPS_LAMBDA { vstore_i8(p, y); });
       else
-        norm_quantise(scratch, reinterpret_cast<uint8_t*>(a.out.at(row)), a.n, 1.0f / scale,
+        norm_quantise(scratch, reinterpret_cast<uint8_t*>(out), a.n, 1.0f / scale,
                       [](uint8_t* p, vf y) FASTOPS_LAMBDA { vstore_f8(p, y); });
     }
   }
   if (kStream) vstream_done();
 }
 
-template <class T, class O>
+template <class T, class O, bool kLayer>
 void norm_as(const NormArgs& a, int64_t first, int64_t last, float* scratch) {
   if (a.residual) {
-    norm_rows<T, O, true, false>(a, first, last, scratch);
+    norm_rows<T, O, true, kLayer, false>(a, first, last, scratch);
     return;
   }
   if constexpr (sizeof(O) > 1)
     if (a.stream) {
-      norm_rows<T, O, false, true>(a, first, last, scratch);
+      norm_rows<T, O, false, kLayer, true>(a, first, last, scratch);
       return;
     }
-  norm_rows<T, O, false, false>(a, first, last, scratch);
+  norm_rows<T, O, false, kLayer, false>(a, first, last, scratch);
+}
+
+template <class T, class O>
+void norm_into(const NormArgs& a, int64_t first, int64_t last, float* scratch) {
+  if (a.layer)
+    norm_as<T, O, true>(a, first, last, scratch);
+  else
+    norm_as<T, O, false>(a, first, last, scratch);
 }
 
 template <class T>
 void norm_from(const NormArgs& a, int64_t first, int64_t last, float* scratch) {
   if (a.out_dtype == FASTOPS_I8 || a.out_dtype == FASTOPS_F8_E4M3)
-    norm_as<T, int8_t>(a, first, last, scratch);
+    norm_into<T, int8_t>(a, first, last, scratch);
   else if (a.out_dtype == a.dtype)
-    norm_as<T, T>(a, first, last, scratch);
+    norm_into<T, T>(a, first, last, scratch);
   else
-    norm_as<T, float>(a, first, last, scratch);
+    norm_into<T, float>(a, first, last, scratch);
 }
 
 void norm_forward(const NormArgs& a, int64_t first, int64_t last, float* scratch) {

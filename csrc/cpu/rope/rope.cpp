@@ -54,6 +54,7 @@ extern "C" fastops_status fastops_rope(const fastops_rope_desc* desc, fastops_en
   const Rows q(d.q, 2), q_out(d.q_out, 2), k(d.k, 2), k_out(d.k_out, 2), v(d.v, 2), cos(d.cos), sin(d.sin);
   const Rows positions(d.positions, 0);
   const int64_t tokens = q.count;
+  if (tokens == 0) return FASTOPS_OK;
   const auto heads_of = [](const fastops_tensor& t) { return given(t) ? t.size[t.ndim - 2] : 0; };
   const auto step_of = [&](const fastops_tensor& t) { return given(t) ? t.stride[t.ndim - 2] * esize : 0; };
   const auto lines = [&](const fastops_tensor& t, const Rows& rows) {
@@ -66,42 +67,52 @@ extern "C" fastops_status fastops_rope(const fastops_rope_desc* desc, fastops_en
                         elements(d.q) * esize >= kStreamBytes && d.q_out.data != d.q.data && !given(d.slots) &&
                             lines(d.q_out, q_out) && lines(d.k_out, k_out),
                         d.q.dtype};
-  float q_weight[kMaxDim], k_weight[kMaxDim];
-  if (given(d.q_weight)) widen(d.q_weight, d.weight_offset, q_weight);
-  if (given(d.k_weight)) widen(d.k_weight, d.weight_offset, k_weight);
-  const int64_t per = rows_per_item(tokens, (heads_of(d.q) + heads_of(d.k)) * dim, *env);
-  parallel_items(*env, (tokens + per - 1) / per, [&](int64_t item, int) {
-    alignas(64) float cosines[kMaxDim + 16], sines[kMaxDim + 16];
+  const int64_t work = (heads_of(d.q) + heads_of(d.k)) * dim, threads = env->num_threads > 1 ? env->num_threads : 1;
+  const bool brief = is_brief(tokens * work, *env);
+  const int64_t per = brief ? (tokens + threads - 1) / threads : rows_per_item(tokens, work, *env);
+  const auto run = [&](int64_t item, int) {
+    alignas(64) float cosines[kMaxDim + 16], sines[kMaxDim + 16], q_weight[kMaxDim], k_weight[kMaxDim];
+    if (given(d.q_weight)) widen(d.q_weight, d.weight_offset, q_weight);
+    if (given(d.k_weight)) widen(d.k_weight, d.weight_offset, k_weight);
     const int64_t end = (item + 1) * per < tokens ? (item + 1) * per : tokens;
     for (int64_t t = item * per; t < end; ++t) {
       const int64_t angle = given(d.positions)
                                 ? index_at(d.positions.dtype, positions.at(row_of(d.positions, 0, d.q, t)))
                                 : row_of(d.cos, 1, d.q, t);
       variant.table.angles({cos.at(angle), sin.at(angle), d.cos.dtype, d.inverse != 0}, shape, cosines, sines);
-      const auto turn = [&](const fastops_tensor& from, const Rows& in, char* out, int64_t out_step,
+      const bool more = t + 1 < tokens;
+      const auto turn = [&](const fastops_tensor& from, const Rows& in, char* out, char* next_out, int64_t out_step,
                             const float* weight) {
-        const RopeHeads h{
-            in.at(t), out, step_of(from), out_step, heads_of(from), weight, t + 1 < end ? in.at(t + 1) : nullptr};
+        const RopeHeads h{in.at(t),
+                          out,
+                          step_of(from),
+                          out_step,
+                          heads_of(from),
+                          weight,
+                          more ? in.at(t + 1) : nullptr,
+                          shape.stream ? nullptr : next_out};
         variant.table.heads(h, shape, cosines, sines);
       };
-      turn(d.q, q, q_out.at(t), step_of(d.q_out), given(d.q_weight) ? q_weight : nullptr);
+      turn(d.q, q, q_out.at(t), more ? q_out.at(t + 1) : nullptr, step_of(d.q_out),
+           given(d.q_weight) ? q_weight : nullptr);
       if (!given(d.k)) continue;
       const int64_t slot = given(d.slots) ? static_cast<const int64_t*>(d.slots.data)[t] : -1;
       char* const cached = slot >= 0 ? slot_of(d.k_cache, slot) : nullptr;
       const int64_t cached_step = cached ? d.k_cache.stride[2] * esize : 0, rows = heads_of(d.k);
       const float* weight = given(d.k_weight) ? k_weight : nullptr;
       if (given(d.k_out)) {
-        turn(d.k, k, k_out.at(t), step_of(d.k_out), weight);
+        turn(d.k, k, k_out.at(t), more ? k_out.at(t + 1) : nullptr, step_of(d.k_out), weight);
         for (int64_t h = 0; cached && h < rows; ++h)
           std::memcpy(cached + h * cached_step, k_out.at(t) + h * step_of(d.k_out), static_cast<size_t>(dim * esize));
       } else if (cached) {
-        turn(d.k, k, cached, cached_step, weight);
+        turn(d.k, k, cached, nullptr, cached_step, weight);
       }
       if (cached && given(d.v))
         for (int64_t h = 0; h < rows; ++h)
           std::memcpy(slot_of(d.v_cache, slot) + h * d.v_cache.stride[2] * esize, v.at(t) + h * step_of(d.v),
                       static_cast<size_t>(last(d.v) * esize));
     }
-  });
+  };
+  parallel_items(*env, (tokens + per - 1) / per, run, brief);
   return FASTOPS_OK;
 }

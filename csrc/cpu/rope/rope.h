@@ -12,8 +12,8 @@ struct RopeHeads {
   char* out;
   int64_t in_step, out_step;  // bytes from head to head
   int64_t heads;
-  const float* weight;  // [D] or null: RMS norm first
-  const char* next;     // the next token's heads, to ask for while these are turned, or null
+  const float* weight;          // [D] or null: RMS norm first
+  const char *next, *next_out;  // the next token's, to ask for while these are turned, or null
 };
 
 struct RopeAngles {

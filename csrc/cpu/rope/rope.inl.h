@@ -35,10 +35,9 @@ template <class T>
 FASTOPS_INLINE vf rope_squares(const T* in, int64_t d) {
   vf even = vzero(), odd = vzero();
   int64_t i = 0;
-  for (; i + 2 * W <= d; i += 2 * W) {
-    const vf a = vload(in + i), b = vload(in + i + W);
-    even = vfma(a, a, even);
-    odd = vfma(b, b, odd);
+  for (; i + 4 * W <= d; i += 4 * W) {
+    even = vadd_squares2(even, in + i);
+    odd = vadd_squares2(odd, in + i + 2 * W);
   }
   for (; i < d; i += W) {
     const vf a = vloadn(in + i, static_cast<int>(d - i < W ? d - i : W));
@@ -103,17 +102,22 @@ FASTOPS_INLINE void rope_halves(const RopeInput<T>& x, T* out, int64_t half, con
   }
 }
 
-// As rope_halves with results past the caches; half is a multiple of 2 W.
-template <class T, bool kNorm>
-FASTOPS_INLINE void rope_halves_stream(const RopeInput<T>& x, T* out, int64_t half, const float* cos,
-                                       const float* sin) {
+// As rope_halves where half is a multiple of 2 W; kStream: results past the caches.
+template <class T, bool kNorm, bool kStream>
+FASTOPS_INLINE void rope_halves2(const RopeInput<T>& x, T* out, int64_t half, const float* cos, const float* sin) {
+  const auto put = [](T* p, vf a, vf b) FASTOPS_LAMBDA {
+    if constexpr (kStream)
+      vstream(p, a, b);
+    else
+      vstore2(p, a, b);
+  };
   for (int64_t i = 0; i < half; i += 2 * W) {
     const vf a = x.template take<kNorm, true>(i, W), b = x.template take<kNorm, true>(half + i, W);
     const vf c = vload(cos + i), s = vload(sin + i);
     const vf a2 = x.template take<kNorm, true>(i + W, W), b2 = x.template take<kNorm, true>(half + i + W, W);
     const vf c2 = vload(cos + i + W), s2 = vload(sin + i + W);
-    vstream(out + i, vsub(vmul(a, c), vmul(b, s)), vsub(vmul(a2, c2), vmul(b2, s2)));
-    vstream(out + half + i, vfma(b, c, vmul(a, s)), vfma(b2, c2, vmul(a2, s2)));
+    put(out + i, vsub(vmul(a, c), vmul(b, s)), vsub(vmul(a2, c2), vmul(b2, s2)));
+    put(out + half + i, vfma(b, c, vmul(a, s)), vfma(b2, c2, vmul(a2, s2)));
   }
 }
 
@@ -125,15 +129,20 @@ void rope_heads_as(const RopeHeads& h, const RopeShape& shape, const float* cos,
     if (kNorm && head % W == 0) rope_rstd<T>(h, shape, head, rstd);
     const RopeInput<T> x{reinterpret_cast<const T*>(h.in + head * h.in_step), h.weight, vset(rstd[head % W])};
     T* out = reinterpret_cast<T*>(h.out + head * h.out_step);
+    const int64_t bytes = d * static_cast<int64_t>(sizeof(T));
     if (h.next != nullptr)
-      for (int64_t i = 0; i < d * static_cast<int64_t>(sizeof(T)); i += 64) vprefetch(h.next + head * h.in_step + i);
+      for (int64_t i = 0; i < bytes; i += 64) vprefetch(h.next + head * h.in_step + i);
+    if (h.next_out != nullptr)
+      for (int64_t i = 0; i < bytes; i += 64) vprefetch_to_write(h.next_out + head * h.out_step + i);
     if (shape.interleaved) {
       if (turned % W == 0)
         rope_neighbours<T, kNorm, true>(x, out, turned, cos, sin);
       else
         rope_neighbours<T, kNorm, false>(x, out, turned, cos, sin);
     } else if (shape.stream && half % (2 * W) == 0 && turned == d) {
-      rope_halves_stream<T, kNorm>(x, out, half, cos, sin);
+      rope_halves2<T, kNorm, true>(x, out, half, cos, sin);
+    } else if (half % (2 * W) == 0) {
+      rope_halves2<T, kNorm, false>(x, out, half, cos, sin);
     } else if (half % W == 0) {
       rope_halves<T, kNorm, true>(x, out, half, cos, sin);
     } else {
