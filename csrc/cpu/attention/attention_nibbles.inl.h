@@ -114,6 +114,8 @@ struct Nibbles : LaneRows<CodeMode<kKvU4>, true> {
                                 const float* q) {
     const int dim = kOneChunk ? kChunk : channels;
     constexpr int kBlock = block_lanes(RB), JB = W / kBlock, HB = kBlock / RB;
+    constexpr int kTogether = HB < 4 ? HB : 4;  // heads: one by one, a product would wait for the one before
+    static_assert(HB % kTogether == 0, "no head is left over");
     vf acc[W];
     FASTOPS_UNROLL
     for (int i = 0; i < W; ++i) acc[i] = vzero();
@@ -125,25 +127,28 @@ struct Nibbles : LaneRows<CodeMode<kKvU4>, true> {
         stream.step(dim - c > kChunk / 2 ? JB * HB : (JB * HB + 1) / 2);
       }
       const __mmask32 mask = words(dim - c);
-      __m512i x[HB][JB];
       FASTOPS_UNROLL
-      for (int h = 0; h < HB; ++h) {
+      for (int h0 = 0; h0 < HB; h0 += kTogether) {
+        __m512i x[kTogether][JB];
         FASTOPS_UNROLL
-        for (int j = 0; j < JB; ++j)
-          x[h][j] = _mm512_maskz_loadu_epi16(mask, reinterpret_cast<const uint8_t*>(rows[j]) + at[h] + c / 2);
-      }
-      FASTOPS_UNROLL
-      for (int k = 0; k < 4 * HB; ++k) {  // head by head, a product would wait for the one before
-        const int n = k / HB, h = k % HB;
-        __m512bh v[JB];
-        FASTOPS_UNROLL
-        for (int j = 0; j < JB; ++j) v[j] = codes(x[h][j], n);
-        if (kOneChunk) lines.ask<JB * HB>(k, 4 * HB);
-        FASTOPS_UNROLL
-        for (int i = h * RB; i < (h + 1) * RB; ++i) {
-          const __m512bh y = (__m512bh)_mm512_loadu_si512(q + (n * W + i) * W);
+        for (int h = 0; h < kTogether; ++h) {
           FASTOPS_UNROLL
-          for (int j = 0; j < JB; ++j) acc[j * kBlock + i] = _mm512_dpbf16_ps(acc[j * kBlock + i], y, v[j]);
+          for (int j = 0; j < JB; ++j)
+            x[h][j] = _mm512_maskz_loadu_epi16(mask, reinterpret_cast<const uint8_t*>(rows[j]) + at[h0 + h] + c / 2);
+        }
+        FASTOPS_UNROLL
+        for (int k = 0; k < 4 * kTogether; ++k) {
+          const int n = k / kTogether, h = k % kTogether;
+          __m512bh v[JB];
+          FASTOPS_UNROLL
+          for (int j = 0; j < JB; ++j) v[j] = codes(x[h][j], n);
+          if (kOneChunk) lines.ask<JB * HB>(h0 * 4 + k, 4 * HB);
+          FASTOPS_UNROLL
+          for (int i = (h0 + h) * RB; i < (h0 + h + 1) * RB; ++i) {
+            const __m512bh y = (__m512bh)_mm512_loadu_si512(q + (n * W + i) * W);
+            FASTOPS_UNROLL
+            for (int j = 0; j < JB; ++j) acc[j * kBlock + i] = _mm512_dpbf16_ps(acc[j * kBlock + i], y, v[j]);
+          }
         }
       }
     }
@@ -249,16 +254,16 @@ struct Nibbles : LaneRows<CodeMode<kKvU4>, true> {
     return kAny ? _mm512_maskz_mul_ps(_mm512_cmp_ps_mask(x, vzero(), _CMP_NEQ_UQ), x, y) : vmul(x, y);
   }
 
-  // o[RB rows][4 vectors] += probabilities times codes of the keys [j0, j1), two by two, at byte `at` of their rows: the
-  // words of the first half of each 128-bit lane of a chunk, of the second (o + high), or of both. kFull: all 32 words.
+  // o[RB rows][4 vectors] += probabilities times codes of the keys [j0, j1), two by two, at byte `at` of their rows:
+  // the words of the first half of each 128-bit lane of a chunk, of the second (o + high), or of both. kFull: all 32
+  // words.
   enum Half { kLow, kHigh, kBoth };
   template <int RB, Half kHalf, int kLines, bool kFull>
   static FASTOPS_INLINE void weigh(RowStream& stream, const Code<kKvU4>* const* rows, int64_t at, const float* weights,
                                    int64_t pitch, float* o, int64_t high, __mmask32 mask, int j0, int j1) {
     constexpr int kHalves = kHalf == kBoth ? 2 : 1;
-    const auto part_of = [&](int half, int r) FASTOPS_LAMBDA {
-      return o + (kHalf == kHigh || half == 1 ? high : 0) + r * kPart;
-    };
+    const auto part_of = [&](int half, int r)
+                             FASTOPS_LAMBDA { return o + (kHalf == kHigh || half == 1 ? high : 0) + r * kPart; };
     const auto load = [&](const Code<kKvU4>* row) FASTOPS_LAMBDA {
       const uint8_t* p = reinterpret_cast<const uint8_t*>(row) + at;
       return kFull ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi16(mask, p);
@@ -277,8 +282,7 @@ struct Nibbles : LaneRows<CodeMode<kKvU4>, true> {
       const __m512i a = load(rows[j]), b = load(rows[j + 1]);
       FASTOPS_UNROLL
       for (int half = 0; half < kHalves; ++half) {
-        const __m512i x =
-            kHalf == kHigh || half == 1 ? _mm512_unpackhi_epi16(a, b) : _mm512_unpacklo_epi16(a, b);
+        const __m512i x = kHalf == kHigh || half == 1 ? _mm512_unpackhi_epi16(a, b) : _mm512_unpacklo_epi16(a, b);
         __m512bh v[4];
         FASTOPS_UNROLL
         for (int n = 0; n < 4; ++n) v[n] = codes(x, n);

@@ -140,13 +140,14 @@ struct HeadNumbers {
       const int64_t t = key + j, page = page_table[(t >> p.page_shift) * p.table_sp];
       const int64_t scale = page * q.scale_s[0] + it.hkv * q.scale_s[2];
       const int64_t shift = page * q.shift_s[0] + it.hkv * q.shift_s[2];
-      const char *scale_line = nullptr, *shift_line = nullptr;
-      for (int64_t slot = t & p.page_mask; slot <= p.page_mask && j < n; ++slot, ++j) {
-        const int64_t group = slot >> q.group_shift;
-        next[j] = {scale + group * q.scale_s[1], q.shift ? shift + group * q.shift_s[1] : 0};
-        ask(q.scale + next[j].scale * size, &scale_line);
-        if (q.shift) ask(q.shift + next[j].shift * size, &shift_line);
-      }
+      const int64_t slot = t & p.page_mask, left = p.page_mask + 1 - slot;
+      const int run = left < n - j ? static_cast<int>(left) : n - j;
+      const auto of = [&](int64_t base, int64_t step, int i) { return base + ((slot + i) >> q.group_shift) * step; };
+      for (int i = 0; i < run; ++i)
+        next[j + i] = {of(scale, q.scale_s[1], i), q.shift ? of(shift, q.shift_s[1], i) : 0};
+      ask(q.scale, next[j].scale, next[j + run - 1].scale, size);
+      if (q.shift) ask(q.shift, next[j].shift, next[j + run - 1].shift, size);
+      j += run;
     }
   }
   void advance() {
@@ -171,11 +172,11 @@ struct HeadNumbers {
   }
 
  private:
-  // A line behind the one asked for last.
-  static FASTOPS_INLINE void ask(const char* at, const char** last) {
-    if (*last != nullptr && at >= *last && at < *last + 64) return;
-    vprefetch(at);
-    *last = reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(at) & ~uintptr_t{63});
+  // The lines from the numbers at `first` to those at `last`, or of some of them where they lie far apart.
+  void ask(const char* base, int64_t first, int64_t last, int size) const {
+    const int64_t bytes = (last - first) * size, step = bytes > 64 * kDirectKeys ? bytes / kDirectKeys : 64;
+    for (int64_t i = 0; i <= bytes; i += step) vprefetch(base + first * size + i);
+    vprefetch(base + last * size + (heads - 1) * size);
   }
   template <int kLayout>
   FASTOPS_INLINE vf numbers(const char* base, int64_t at, int64_t step) const {
