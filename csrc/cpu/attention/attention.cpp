@@ -280,8 +280,13 @@ extern "C" fastops_status fastops_attention_fwd(const fastops_attention_desc* de
   fastops_env inner = *env;
   inner.num_threads = workers;
   parallel_items(inner, plan.items, [&](int64_t i, int worker) {
-    table.item(p, item_at(p, i, item_prefix, partial_prefix, partial_out, partial_lse),
-               reinterpret_cast<float*>(ws + at.scratch + worker * at.scratch_bytes));
+    const auto item = [&](int64_t k) { return item_at(p, k, item_prefix, partial_prefix, partial_out, partial_lse); };
+    AttentionItem now = item(i), next{};
+    if (i + 1 < plan.items) {
+      next = item(i + 1);
+      now.then = &next;
+    }
+    table.item(p, now, reinterpret_cast<float*>(ws + at.scratch + worker * at.scratch_bytes));
   });
   if (plan.partial_rows > 0) {
     parallel_items(inner, p.B * p.Hkv, [&](int64_t i, int) {

@@ -25,7 +25,8 @@ struct AttentionItem {
   int64_t key0, key1;                // keys this item may look at (a split, or all)
   float *partial_out, *partial_lse;  // fp32 [rows][Dv] and [rows] of the first head when the item is a split; else NULL
   int64_t partial_step;              // rows between the partials of neighbouring heads
-  float v_factor = 1.0f;             // of all values, where the cache's kernel leaves it to the end
+  const AttentionItem* then = nullptr;  // what the same thread takes next, as a rule, or NULL
+  float v_factor = 1.0f;                // of all values, where the cache's kernel leaves it to the end
 };
 
 // Scratch of one worker, in floats; each part starts on a 64-byte boundary.

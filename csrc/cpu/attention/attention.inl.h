@@ -87,6 +87,21 @@ Row finished(Mode& mode, const Work<T>& w, int h, int r) {
   }
 }
 
+// The first rows (at most n) of the item that comes next: asked for during the last tile of this one, they hide what it
+// costs to begin.
+template <class Source>
+int rows_of_next(const AttentionParams& p, const AttentionItem& it, int n, const typename Source::Elem** kr,
+                 const typename Source::Elem** vr) {
+  if (it.then == nullptr) return 0;
+  const AttentionItem& next = *it.then;
+  const Sequence seq = sequence(p, next.b);
+  const KeyRange seen = visible_keys(p, seq, next.row0 / p.G);
+  const int64_t first = seen.lo > next.key0 ? seen.lo : next.key0, last = seen.hi < next.key1 ? seen.hi : next.key1;
+  if (last - first < n) n = static_cast<int>(last > first ? last - first : 0);
+  Source(p, next, seq).rows(first, n, kr, vr);
+  return n;
+}
+
 template <class Mode, class Source, class Epilogue, bool kGeneral>
 void tile_loop(const AttentionParams& p, const AttentionItem& it, const Sequence& seq, float* scratch) {
   using T = typename Source::Elem;
@@ -139,7 +154,10 @@ void tile_loop(const AttentionParams& p, const AttentionItem& it, const Sequence
         w.vr[j] = w.vr[w.tile + j];
       }
       source.rows(key + n, next, w.kr + w.tile, w.vr + w.tile);
-      mode.prepare(n, next);
+      int asked = next;
+      if constexpr (Mode::kStreams)
+        if (next == 0) asked = rows_of_next<Source>(p, it, w.tile, w.kr + w.tile, w.vr + w.tile);
+      mode.prepare(n, asked);
       if constexpr (Mode::kReadsCodes) mode.scales(it, source.table, key, n);
     }
     for (int r0 = 0; r0 < w.rows; r0 += Mode::kRows) {

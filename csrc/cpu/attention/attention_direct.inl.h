@@ -81,6 +81,7 @@ template <class T>
 struct Direct {
   static constexpr bool kBf16P = kDot16<T>;
   static constexpr bool kReadsCodes = false;
+  static constexpr bool kStreams = true;
   static constexpr bool kInLanes = false;
   static constexpr int kRows = kDirectRows;
   static constexpr int64_t kDecodedBytes = 64 << 10;  // of K, and as many of V: what L2 gives back quickly

@@ -144,8 +144,8 @@ struct Lanes : LaneRows<Direct<T>, sizeof(T) == 2> {  // two keys at once load l
   Lanes(Work<T>& work, const AttentionParams& p) : Rows(work, p) {
     this->columns = w.Dv;
     part = part_vectors(w.rows) * W;
-    this->block = this->keys(8 << 10, 2, kDirectKeys);
-    this->lead = this->keys(8 << 10, 1, kDirectKeys);
+    this->block = this->keys(12 << 10, 2, kDirectKeys);
+    this->lead = this->keys(16 << 10, 1, kDirectKeys);
     if (this->lead < this->block) this->lead = this->block;
     this->plan_tile(lanes);
     std::memset(w.q, 0, sizeof(float) * static_cast<size_t>(lanes * q_steps() * W));

@@ -147,6 +147,7 @@ template <class T>
 struct Packed {
   static constexpr bool kBf16P = kDot16<T>;
   static constexpr bool kReadsCodes = false;  // and needs their scales
+  static constexpr bool kStreams = false;     // asks for rows before they are needed
   static constexpr bool kInLanes = false;     // a query row in each lane, and a softmax of its own
 #if defined(FASTOPS_HAS_AMX)
   static constexpr int kRows = 32;

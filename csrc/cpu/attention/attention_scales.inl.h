@@ -207,6 +207,7 @@ template <int kKind>
 struct CodeMode {
   static constexpr bool kBf16P = false;
   static constexpr bool kReadsCodes = true;
+  static constexpr bool kStreams = false;
   static constexpr bool kInLanes = false;
   static constexpr int kRows = kDirectRows;
   Work<Code<kKind>>& w;
