@@ -87,18 +87,20 @@ Row finished(Mode& mode, const Work<T>& w, int h, int r) {
   }
 }
 
-// The first rows (at most n) of the item that comes next: asked for during the last tile of this one, they hide what it
-// costs to begin.
-template <class Source>
-int rows_of_next(const AttentionParams& p, const AttentionItem& it, int n, const typename Source::Elem** kr,
-                 const typename Source::Elem** vr) {
+// Asks `mode` for the first keys of the item that comes next, during the last tile of this one: that hides what it
+// costs to begin. Returns how many rows of them stand behind those of the tile.
+template <class Source, class Mode, class T>
+int expect_next(const AttentionParams& p, const AttentionItem& it, Mode& mode, Work<T>& w) {
   if (it.then == nullptr) return 0;
   const AttentionItem& next = *it.then;
   const Sequence seq = sequence(p, next.b);
   const KeyRange seen = visible_keys(p, seq, next.row0 / p.G);
   const int64_t first = seen.lo > next.key0 ? seen.lo : next.key0, last = seen.hi < next.key1 ? seen.hi : next.key1;
-  if (last - first < n) n = static_cast<int>(last > first ? last - first : 0);
-  Source(p, next, seq).rows(first, n, kr, vr);
+  if (first >= last) return 0;
+  const int n = static_cast<int>(last - first < w.tile ? last - first : w.tile);
+  const Source source(p, next, seq);
+  source.rows(first, n, w.kr + w.tile, w.vr + w.tile);
+  if constexpr (Mode::kReadsCodes) mode.expect(next, source.table, first, n);
   return n;
 }
 
@@ -154,11 +156,11 @@ void tile_loop(const AttentionParams& p, const AttentionItem& it, const Sequence
         w.vr[j] = w.vr[w.tile + j];
       }
       source.rows(key + n, next, w.kr + w.tile, w.vr + w.tile);
+      if constexpr (Mode::kReadsCodes) mode.scales(it, source.table, key, n, next);
       int asked = next;
       if constexpr (Mode::kStreams)
-        if (next == 0) asked = rows_of_next<Source>(p, it, w.tile, w.kr + w.tile, w.vr + w.tile);
+        if (next == 0) asked = expect_next<Source>(p, it, mode, w);
       mode.prepare(n, asked);
-      if constexpr (Mode::kReadsCodes) mode.scales(it, source.table, key, n);
     }
     for (int r0 = 0; r0 < w.rows; r0 += Mode::kRows) {
       const int rows = w.rows - r0 < Mode::kRows ? w.rows - r0 : Mode::kRows, r1 = r0 + rows - 1;

@@ -141,9 +141,10 @@ struct Codes : CodeMode<kKind> {
     first.step(1 << 14);
   }
 
-  void scales(const AttentionItem& it, const int32_t* page_table, int64_t key, int n) {
+  void scales(const AttentionItem& it, const int32_t* page_table, int64_t key, int n, int) {
     numbers.load(p, it, page_table, key, n, kShift);
   }
+  void expect(const AttentionItem&, const int32_t*, int64_t, int) const {}
 
   // The codes of each byte as unsigned bytes.
   static FASTOPS_INLINE void unpack(vi x, vi (&to)[kHalves]) {

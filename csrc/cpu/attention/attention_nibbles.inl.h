@@ -96,16 +96,16 @@ struct Nibbles : LaneRows<CodeMode<kKvU4>, true> {
   }
 
   // The numbers of a tile were found a tile ahead, but for the first.
-  void scales(const AttentionItem& it, const int32_t* page_table, int64_t key, int n) {
-    if (!found) {
-      k_numbers.find(p, it, page_table, key, n);
-      v_numbers.find(p, it, page_table, key, n);
-    }
+  void scales(const AttentionItem& it, const int32_t* page_table, int64_t key, int n, int behind) {
+    if (!found) expect(it, page_table, key, n);
     k_numbers.advance();
     v_numbers.advance();
-    k_numbers.find(p, it, page_table, key + n, next);
-    v_numbers.find(p, it, page_table, key + n, next);
+    expect(it, page_table, key + n, behind);
     found = true;
+  }
+  void expect(const AttentionItem& it, const int32_t* page_table, int64_t key, int n) {
+    k_numbers.find(p, it, page_table, key, n);
+    v_numbers.find(p, it, page_table, key, n);
   }
 
   // [JB keys][block of lanes] = q code, of JB keys and the heads of a block.

@@ -207,13 +207,13 @@ template <int kKind>
 struct CodeMode {
   static constexpr bool kBf16P = false;
   static constexpr bool kReadsCodes = true;
-  static constexpr bool kStreams = false;
+  static constexpr bool kStreams = true;
   static constexpr bool kInLanes = false;
   static constexpr int kRows = kDirectRows;
   Work<Code<kKind>>& w;
   const AttentionParams& p;
   int64_t k_bytes, v_bytes;  // of one key, all heads of the item
-  int next = 0;              // keys of the tile behind this one
+  int next = 0;              // keys behind this tile to be asked for
   KeyScales numbers;
 
   // Tiles of so many keys.
