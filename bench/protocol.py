@@ -81,11 +81,11 @@ def last_level_cache() -> int:
 
 
 def copies_for(case_bytes: float, kind: str) -> int:
-    """Input sets to rotate over: one when hot, else four caches' worth (at most 2 GiB and 64 sets)."""
+    """Input sets to rotate over: one when hot, else four caches' worth (at most 2 GiB and 512 sets)."""
     if kind not in BOUND_BY_MEMORY:
         return 1
     want = math.ceil(4 * last_level_cache() / max(case_bytes, 1)) + 1
-    return max(2, min(want, 64, int((2 << 30) / max(case_bytes, 1)) or 1))
+    return max(2, min(want, 512, int((2 << 30) / max(case_bytes, 1)) or 1))
 
 
 def measure(

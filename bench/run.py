@@ -22,6 +22,7 @@ from .machine import describe
 from .protocol import BOUND_BY_MEMORY, NOISE_FLOOR, Ratio, Timing, copies_for, measure, ratio
 from .shapes import named
 
+ALWAYS = {"attention_paged": ("dense", "bf16")}  # rivals that are measured unasked; "copy" everywhere
 MEMORY = "ceiling"  # the candidate that measures the ceiling of a memory-bound case
 
 
@@ -156,9 +157,7 @@ def run_cases(cases: list[Case], args: argparse.Namespace, ceilings: Ceilings) -
         for case in cases:
             bar.start(case.label)
             rivals = [r for r in split(args.compare) if r in case.run]
-            rivals += [
-                r for r in ("dense", "bf16") if case.op == "attention_paged" and r in case.run and r not in rivals
-            ]
+            rivals += [r for r in ALWAYS.get(case.op, ("copy",)) if r in case.run and r not in rivals]
             torch.manual_seed(0)
             first = case.make()
             inputs = [first, *(case.make() for _ in range(copies_for(case.bytes, case.kind) - 1))]

@@ -87,4 +87,5 @@ def _quantised(s: Shape, name: str) -> Case:
     sides = (kv.FORMATS[name].k, kv.FORMATS[name].v)
     share = sum(side.bits for side in sides) / 32  # of the bf16 cache's bytes; the scales add some
     label = f"{replace(s, phase='decode').name} {name}"
-    return Case("attention_paged", label, "bf16", "memory", flops, size * share, make, run, frozenset({f"kv-{name}"}))
+    tags = frozenset({f"kv-{name}"}) if s.sk >= 8192 else frozenset()  # what the bar is for
+    return Case("attention_paged", label, "bf16", "memory", flops, size * share, make, run, tags)

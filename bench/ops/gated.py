@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import fastops
 
-from ..case import DTYPES, Case
+from ..case import DTYPES, Case, fused_tags
 from ..shapes import Shape, rows_of
 
 
@@ -27,11 +27,14 @@ def case(m: int, n: int, name: str) -> Case:
     size = m * n * torch.empty(0, dtype=dtype).element_size()
 
     def make() -> Any:
-        return torch.randn(m, 2 * n).to(dtype), torch.empty(m, n, dtype=dtype)
+        x = torch.randn(m, 2 * n).to(dtype)
+        copied = x.view(-1)[: m * n * 3 // 2]  # reads and writes as much as the operator
+        return x, torch.empty(m, n, dtype=dtype), copied, torch.empty_like(copied)
 
     run = {
         "fastops": lambda x: fastops.silu_and_mul(x[0], out=x[1]),
         "torch": plain,
         "torch-compile": torch.compile(plain, dynamic=False),
+        "copy": lambda x: x[3].copy_(x[2]),
     }
-    return Case("silu_and_mul", f"{m}x{n}", name, "copy", 20.0 * m * n, 3.0 * size, make, run, frozenset({"fused"}))
+    return Case("silu_and_mul", f"{m}x{n}", name, "copy", 20.0 * m * n, 3.0 * size, make, run, fused_tags(3.0 * size))

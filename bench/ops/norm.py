@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import fastops
 
-from ..case import DTYPES, Case
+from ..case import DTYPES, Case, fused_tags
 from ..shapes import Shape, rows_of
 
 EPS = 1e-6
@@ -42,20 +42,22 @@ def case(m: int, n: int, name: str, fused: bool) -> Case:
 
     def make() -> Any:
         x = torch.randn(m, n).to(dtype)
-        return x, torch.rand(n).to(dtype) * 0.01, torch.empty_like(x), torch.zeros_like(x)
+        return x, torch.rand(n).to(dtype) * 0.01, torch.empty_like(x), torch.zeros_like(x), torch.empty_like(x)
 
     if fused:
         run = {
             "fastops": lambda x: fastops.fused_add_rms_norm(x[0], x[3], x[1], EPS),
             "torch": add_norm,
             "torch-compile": torch.compile(add_norm_anew, dynamic=False),
+            "copy": lambda x: (x[2].copy_(x[0]), x[4].copy_(x[3])),
         }
     else:
         run = {
             "fastops": lambda x: fastops.rms_norm(x[0], x[1], EPS, out=x[2]),
             "torch": norm,
             "torch-compile": torch.compile(norm, dynamic=False),
+            "copy": lambda x: x[2].copy_(x[0]),
         }
     op = "fused_add_rms_norm" if fused else "rms_norm"
     bytes_ = (4.0 if fused else 2.0) * size
-    return Case(op, f"{m}x{n}", name, "copy", 4.0 * m * n, bytes_, make, run, frozenset({"fused"}))
+    return Case(op, f"{m}x{n}", name, "copy", 4.0 * m * n, bytes_, make, run, fused_tags(bytes_))

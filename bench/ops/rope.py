@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import fastops
 
-from ..case import DTYPES, Case
+from ..case import DTYPES, Case, fused_tags
 from ..shapes import Shape, rows_of
 
 HQ, HKV, D = 32, 8, 128
@@ -53,7 +53,12 @@ def case(m: int, name: str, norm: bool) -> Case:
             return fastops.qk_norm_rope(x[0], x[1], x[2], x[2], x[3], x[4], out=x[7])
         return fastops.apply_rope(x[0], x[1], x[3], x[4], out=x[7])
 
-    run = {"fastops": ours, "torch": plain, "torch-compile": torch.compile(plain, dynamic=False)}
+    run = {
+        "fastops": ours,
+        "torch": plain,
+        "torch-compile": torch.compile(plain, dynamic=False),
+        "copy": lambda x: (x[7][0].copy_(x[0]), x[7][1].copy_(x[1])),
+    }
     op = "qk_norm_rope" if norm else "apply_rope"
-    tags = frozenset({"fused"}) if norm else frozenset()
+    tags = fused_tags(2.0 * size) if norm else frozenset()
     return Case(op, f"{m} tokens H{HQ}/{HKV} D{D}", name, "copy", 8.0 * m * (HQ + HKV) * D, 2.0 * size, make, run, tags)

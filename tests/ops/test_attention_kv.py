@@ -110,7 +110,8 @@ def test_products_of_codes(isa, name, dtype, hkv, group, d, dv):
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("scales", DTYPES)
 @pytest.mark.parametrize(
-    ("hkv", "group", "d", "dv"), [(8, 4, 128, 128), (16, 1, 64, 192), (5, 8, 256, 24), (4, 3, 16, 40)]
+    ("hkv", "group", "d", "dv"),
+    [(8, 4, 128, 128), (16, 1, 64, 192), (9, 1, 128, 256), (6, 2, 128, 128), (5, 8, 256, 24), (4, 3, 16, 40)],
 )
 def test_kv4_whatever_lies_beside_what(isa, turned, scales, hkv, group, d, dv):
     """Scales of every type, heads or tokens side by side; the dtype of one side's may differ."""

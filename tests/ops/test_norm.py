@@ -164,6 +164,21 @@ def test_large_results_pass_the_caches(isa):
     )
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_rows_as_few(isa, dtype):
+    """Brief calls are shared out another way, and each thread widens the weights for itself: the same bits."""
+    x, w, b = torch.randn(700, 1003).to(dtype), torch.randn(1003).to(dtype), torch.randn(1003).to(dtype)
+    calls = [
+        lambda t: (fastops.rms_norm(t, w, weight_offset=1.0),),
+        lambda t: fastops.rms_norm(t, w, quant="int8"),
+        lambda t: (fastops.layer_norm(t, w, b),),
+        lambda t: fastops.add_rms_norm(t, t.flip(-1), w),
+    ]
+    for call in calls:
+        parts = [torch.cat(p) for p in zip(*(call(t) for t in x.split(60)), strict=True)]
+        assert all(torch.equal(got, want) for got, want in zip(call(x), parts, strict=True))
+
+
 def test_strides_in_place_and_out(isa):
     base = torch.randn(6, 8, 40)
     x = base[::2, 1::3, 5:30]
