@@ -11,10 +11,13 @@ struct RowStream {
   const char* const* oldest;  // row of the run at work
   int64_t again = 0;
   int64_t bytes, then_bytes;
-  int left, then_left, lag;
+  int left, then_left, lag, far;
 
-  // `before`: rows that stand before `rows` and were asked for already.
-  RowStream(const void* rows, int n, int64_t row_bytes, const void* rows2, int n2, int64_t row_bytes2, int before = 0)
+  // `before`: rows that stand before `rows` and were asked for already. `known`: rows of the second run that are known,
+  // n2 or more. With each row of the first run the one in its place in the second is touched: a run ahead, so that its
+  // page is found before its lines are asked for.
+  RowStream(const void* rows, int n, int64_t row_bytes, const void* rows2, int n2, int64_t row_bytes2, int before = 0,
+            int known = 0)
       : next(static_cast<const char* const*>(rows)),
         then(static_cast<const char* const*>(rows2)),
         oldest(next - before),
@@ -22,15 +25,17 @@ struct RowStream {
         then_bytes(row_bytes2),
         left(n),
         then_left(n2),
-        lag(static_cast<int>((kAgain + row_bytes - 1) / row_bytes)) {}
+        lag(static_cast<int>((kAgain + row_bytes - 1) / row_bytes)),
+        far(known) {}
   FASTOPS_INLINE bool advance() {
     if (left == 0) {
       if (then_left == 0) return false;  // all of them are on their way
       next = oldest = then;
       bytes = then_bytes;
       left = then_left;
-      then_left = 0;
+      then_left = far = 0;
     }
+    if (next - oldest < far) vprefetch(then[next - oldest]);
     at = *next;
     again = next - oldest >= lag ? at - next[-lag] : 0;
     ++next;
@@ -221,7 +226,7 @@ struct Direct {
 
   void scores(int, int rows, int n) {
     const int now = lead < n ? lead : n;
-    RowStream stream(w.kr + now, n - now, k_bytes, w.vr, now, v_bytes, now);
+    RowStream stream(w.kr + now, n - now, k_bytes, w.vr, now, v_bytes, now, n);
     const View t{w.kr, w.k_step, w.q, w.ldq, w.s, w.BK, w.rows, w.D};
     if (w.heads == 1) {  // a vector of keys at once
       for (int j = 0; j < n; j += W) {
@@ -328,7 +333,7 @@ struct Direct {
 
   void accumulate(int, int rows, int n) {
     const int now = lead < n ? lead : n, share = lines(w.Dv);
-    RowStream stream(w.vr + now, n - now, v_bytes, w.kr + w.tile, lead < next ? lead : next, k_bytes, now);
+    RowStream stream(w.vr + now, n - now, v_bytes, w.kr + w.tile, lead < next ? lead : next, k_bytes, now, next);
     const View t{w.vr, w.v_step, kBf16P ? w.p16 : w.s, kBf16P ? w.BK / 2 : w.BK, w.st.o, w.VP, w.rows, w.Dv};
     for (int j = 0; j < n; j += block) {
       const int end = j + block < n ? j + block : n;

@@ -258,7 +258,7 @@ struct Lanes : LaneRows<Direct<T>, sizeof(T) == 2> {  // two keys at once load l
   void scores_of(int n) {
     constexpr int kBlock = block_lanes(RB), JB = W / kBlock, HB = kBlock / RB;
     const int now = this->lead < n ? this->lead : n, dim = w.D, vectors = groups, heads = w.heads;
-    RowStream stream(w.kr + now, n - now, this->k_bytes, w.vr, now, this->v_bytes, now);
+    RowStream stream(w.kr + now, n - now, this->k_bytes, w.vr, now, this->v_bytes, now, n);
     const T* const* rows = w.kr;
     const int64_t q_step = static_cast<int64_t>(q_steps()) * W * W, pitch = lanes;
     float* s = w.s;
@@ -395,7 +395,7 @@ struct Lanes : LaneRows<Direct<T>, sizeof(T) == 2> {  // two keys at once load l
     if (n % 2 == 1) w.vr[n] = w.vr[n - 1];  // stands beside a probability of 0
     const int now = this->lead < n ? this->lead : n, dim = w.Dv;
     RowStream stream(w.vr + now, n - now, this->v_bytes, w.kr + w.tile,
-                     this->lead < this->next ? this->lead : this->next, this->k_bytes, now);
+                     this->lead < this->next ? this->lead : this->next, this->k_bytes, now, this->next);
     const int64_t head_o = static_cast<int64_t>(RB) * w.VP, v_step = w.v_step, pitch = lanes;
     const T* const* v = w.vr;
     for (int j = 0; j < n; j += this->block) {
