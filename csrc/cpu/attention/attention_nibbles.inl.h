@@ -172,7 +172,7 @@ struct Nibbles : LaneRows<CodeMode<kKvU4>, true> {
   void scores_in(int n) {
     constexpr int kBlock = block_lanes(RB), JB = W / kBlock, HB = kBlock / RB;
     const int now = lead < n ? lead : n, dim = w.D, vectors = groups, heads = w.heads;
-    RowStream stream(w.kr + now, n - now, k_bytes, w.vr, now, v_bytes, now);
+    RowStream stream(w.kr + now, n - now, k_bytes, w.vr, now, v_bytes, now, n);
     const Code<kKvU4>* const* rows = w.kr;
     const int64_t q_step = static_cast<int64_t>(steps) * W * W, pitch = lanes;
     const int layout = k_numbers.layout();
@@ -322,7 +322,7 @@ struct Nibbles : LaneRows<CodeMode<kKvU4>, true> {
     constexpr int kBlock = block_lanes(RB), HB = kBlock / RB, kFirst = RB < 4 ? RB : 4, kRest = RB - kFirst;
     constexpr int64_t kHighAt = kPart * RB;
     const int now = lead < n ? lead : n, dim = w.Dv;
-    RowStream stream(w.vr + now, n - now, v_bytes, w.kr + w.tile, lead < next ? lead : next, k_bytes, now);
+    RowStream stream(w.vr + now, n - now, v_bytes, w.kr + w.tile, lead < next ? lead : next, k_bytes, now, next);
     const int64_t v_step = w.v_step, pitch = lanes;
     const Code<kKvU4>* const* v = w.vr;
     for (int j = 0; j < n; j += block) {
