@@ -50,7 +50,8 @@ void gated_forward_as(const GatedPiece& p) {
   const T* gate = reinterpret_cast<const T*>(p.gate);
   const T* up = reinterpret_cast<const T*>(p.up);
   T* out = reinterpret_cast<T*>(p.out);
-  const T *next_gate = reinterpret_cast<const T*>(p.next_gate), *next_up = reinterpret_cast<const T*>(p.next_up);
+  const T* next_gate = p.next_gate ? reinterpret_cast<const T*>(p.next_gate) : gate;
+  const T* next_up = p.next_up ? reinterpret_cast<const T*>(p.next_up) : up;
   const int64_t size = p.n;
   // The lines of both inputs are asked for well before their use: two streams are more than some prefetchers follow.
   constexpr int64_t kAhead = 2048 / static_cast<int64_t>(sizeof(T)), kLine = 64 / static_cast<int64_t>(sizeof(T));
