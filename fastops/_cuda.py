@@ -98,8 +98,9 @@ def why_not(emulated: bool) -> Callable[[Call], str | None]:
         device = "cpu" if emulated else "cuda"
         if call.device != device:
             return f"device is {call.device} (needs {device})"
-        if _MISSING[emulated]:
-            return _MISSING[emulated]
+        missing = _MISSING[1 if emulated else 0]  # torch 2.11 cannot trace a bool as the index
+        if missing:
+            return missing
         if call.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             return f"dtype is {common.name_of(call.dtype)} (takes float32, float16, bfloat16)"
         if call.needs_reference_grad:
