@@ -141,6 +141,25 @@ def entry(name: str) -> Any:
     return getattr(overload, "_op", overload)
 
 
+def direct(name: str) -> Any:
+    """Operator `name` of csrc/python/direct.cpp: gives its results, or None where it does not take a call."""
+    return getattr(control, f"direct_{name}", None) or (lambda *args: None)
+
+
+def begin_direct(forced: Any) -> None:
+    """Lets direct calls begin, which watch what is forced and whatever of torch a call must not pass by."""
+    capsule = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    if control is None or capsule is None:
+        return
+    guards = tuple(
+        getattr(torch._C, name) for name in ("_len_torch_dispatch_stack", "_len_torch_function_stack", "_is_tracing")
+    )
+    control.direct_begin(
+        torch.Tensor, torch.nn.Parameter, capsule, forced, vars(torch.autograd.profiler), guards,
+        torch._C._increment_version, torch.empty_like, torch.contiguous_format,
+    )  # fmt: skip
+
+
 def lasting(t: torch.Tensor) -> torch.Tensor:
     """A new tensor that is kept and read again and again, such as a KV cache: in large pages where the system has them.
     Before it is written first."""

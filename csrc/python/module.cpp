@@ -1,4 +1,4 @@
-// fastops._C: the control plane (instruction sets, versions). Operators go through torch, not through here.
+// fastops._C: the control plane (instruction sets, versions), and the direct calls of small operators (direct.h).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "fastops/fastops.h"
+#include "python/direct.h"
 #include "torch/libraries.h"
 #include "torch/memory.h"
 
@@ -63,6 +64,7 @@ PYBIND11_MODULE(_C, m) {
         fastops::binding::prefer_large_pages(reinterpret_cast<void*>(data), bytes);
       },
       py::arg("data"), py::arg("bytes"), "For memory that lasts, before it is written first.");
+  if (PyModule_AddFunctions(m.ptr(), fastops::direct::methods()) != 0) throw py::error_already_set();
   m.def("build_info", [] {
     py::dict d;
     d["compiler"] = FASTOPS_COMPILER;

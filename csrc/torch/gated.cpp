@@ -1,4 +1,5 @@
 // silu_and_mul, gelu_and_mul, swiglu, geglu: tensors to descriptors, nothing else.
+#include "torch/halves.h"
 #include "torch/register.h"
 
 namespace fastops::binding {
@@ -19,15 +20,9 @@ fastops_gated_desc blank(int64_t activation) {
   return d;
 }
 
-// The two halves of the last dimension.
 void halves(const Place& at, const Tensor& x, const char* name, fastops_tensor* first, fastops_tensor* second) {
   *first = at.view(x, name);
-  const int64_t n = first->ndim > 0 ? first->size[first->ndim - 1] : 1;
-  if (n % 2 != 0) raise(FASTOPS_ERR_VALUE, "gated: the last dimension of x must be even: two halves");
-  if (first->ndim > 0) first->size[first->ndim - 1] = n / 2;
-  *second = *first;
-  const int64_t esize = first->dtype == FASTOPS_F32 ? 4 : 2;
-  if (first->data != nullptr) second->data = static_cast<char*>(first->data) + n / 2 * esize;
+  if (!halve(first, second)) raise(FASTOPS_ERR_VALUE, "gated: the last dimension of x must be even: two halves");
 }
 
 Tensor halved(const Tensor& x, int64_t activation) {

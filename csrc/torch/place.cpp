@@ -1,5 +1,7 @@
-// Calls to the CUDA half of the C API.
+// Calls to the C API's functions, for the CPU and for CUDA.
+#include <cstdlib>
 #include <memory>
+#include <new>
 
 #include "torch/tensor.h"
 
@@ -10,7 +12,73 @@ struct DeleteGuard {
   void operator()(DeviceGuardOpaque* guard) const { aoti_torch_delete_device_guard(guard); }
 };
 
+void torch_threads(void*, int64_t n, int64_t grain, fastops_range_fn f, void* arg) {
+  struct Call {
+    fastops_range_fn f;
+    void* arg;
+  } call{f, arg};
+  check_shim(torch_parallel_for(
+      0, n, grain,
+      [](int64_t begin, int64_t end, void* ctx) {
+        auto* c = static_cast<Call*>(ctx);
+        c->f(c->arg, begin, end);
+      },
+      &call));
+}
+
+// One per thread, grown to what the C API asks (at most 1 MiB per worker for attention) and reused by every call.
+class Scratch {
+ public:
+  ~Scratch() { std::free(data_); }
+  void reserve(size_t bytes) {
+    if (bytes <= size_) return;
+    std::free(data_);
+    size_ = (bytes + 4095) / 4096 * 4096;
+    data_ = std::aligned_alloc(64, size_);
+    if (data_ == nullptr) {
+      size_ = 0;
+      throw std::bad_alloc();
+    }
+  }
+  void* data() const { return data_; }
+  size_t size() const { return size_; }
+
+ private:
+  void* data_ = nullptr;
+  size_t size_ = 0;
+};
+Scratch& scratch() {
+  static thread_local Scratch s;
+  return s;
+}
+
 }  // namespace
+
+fastops_status run_on_cpu(fastops_torch_function run, fastops_torch_workspace workspace, const void* desc,
+                          char* message) {
+  uint32_t threads = 1;
+  check_shim(torch_get_num_threads(&threads));
+  fastops_env env{};
+  env.struct_size = sizeof env;
+  env.num_threads = static_cast<int32_t>(threads);
+  env.parallel_for = &torch_threads;
+  env.message = message;
+  env.workspace = scratch().data();
+  env.workspace_size = scratch().size();
+  fastops_status status = run(desc, &env);
+  if (status == FASTOPS_ERR_WORKSPACE && workspace != nullptr) {  // the kept one turned out too small
+    size_t bytes = 0;
+    status = workspace(desc, &env, &bytes);
+    if (status == FASTOPS_OK) {
+      scratch().reserve(bytes);
+      env.workspace = scratch().data();
+      env.workspace_size = scratch().size();
+      status = run(desc, &env);
+    }
+  }
+  if (status == FASTOPS_OK) remember_variant(env.variant);
+  return status;
+}
 
 // The launches go on the device's current stream; the workspace is the allocator's, which gives it to work behind them
 // only.
@@ -50,3 +118,19 @@ void Place::on_cuda(CudaFunction function, const void* desc) const {
 }
 
 }  // namespace fastops::binding
+
+extern "C" {
+
+fastops_status fastops_torch_run(fastops_torch_function run, fastops_torch_workspace workspace, const void* desc,
+                                 char* message) {
+  try {
+    return fastops::binding::run_on_cpu(run, workspace, desc, message);
+  } catch (const std::exception&) {
+    return FASTOPS_ERR_INTERNAL;
+  }
+}
+
+int fastops_torch_on_cpu(void) { return (fastops::binding::mode() & fastops::binding::kEmulate) == 0; }
+int fastops_torch_records(void) { return aoti_torch_grad_mode_is_enabled(); }
+
+}  // extern "C"

@@ -13,6 +13,7 @@
 
 #include "fastops/fastops.h"
 #include "torch/libraries.h"
+#include "torch/run.h"
 
 namespace fastops::binding {
 
@@ -73,49 +74,13 @@ struct Refusal : std::runtime_error {
   throw std::runtime_error(std::string(kind) + message);
 }
 
-inline void torch_threads(void*, int64_t n, int64_t grain, fastops_range_fn f, void* arg) {
-  struct Call {
-    fastops_range_fn f;
-    void* arg;
-  } call{f, arg};
-  check_shim(torch_parallel_for(
-      0, n, grain,
-      [](int64_t begin, int64_t end, void* ctx) {
-        auto* c = static_cast<Call*>(ctx);
-        c->f(c->arg, begin, end);
-      },
-      &call));
-}
+// On torch's threads and this thread's scratch. May throw.
+fastops_status run_on_cpu(fastops_torch_function run, fastops_torch_workspace workspace, const void* desc,
+                          char* message);
 
 // The instruction set the last call on this thread ran (read by fastops._C.last_variant).
 extern "C" FASTOPS_API const char* fastops_torch_last_variant(void);
 void remember_variant(const char* name);
-
-// One per thread, grown to what the C API asks (at most 1 MiB per worker for attention) and reused by every call.
-class Scratch {
- public:
-  ~Scratch() { std::free(data_); }
-  void reserve(size_t bytes) {
-    if (bytes <= size_) return;
-    std::free(data_);
-    size_ = (bytes + 4095) / 4096 * 4096;
-    data_ = std::aligned_alloc(64, size_);
-    if (data_ == nullptr) {
-      size_ = 0;
-      throw std::bad_alloc();
-    }
-  }
-  void* data() const { return data_; }
-  size_t size() const { return size_; }
-
- private:
-  void* data_ = nullptr;
-  size_t size_ = 0;
-};
-inline Scratch& scratch() {
-  static thread_local Scratch s;
-  return s;
-}
 
 // An operation of the C API: its function on the CPU, what asks for the workspace of that (or null), and on CUDA.
 template <class Desc>
@@ -188,28 +153,9 @@ class Place {
   template <class Desc>
   static void on_cpu(const Function<Desc>& f, const Desc& d) {
     char message[FASTOPS_MESSAGE_SIZE] = "";
-    uint32_t threads = 1;
-    check_shim(torch_get_num_threads(&threads));
-    fastops_env env{};
-    env.struct_size = sizeof env;
-    env.num_threads = static_cast<int32_t>(threads);
-    env.parallel_for = &torch_threads;
-    env.message = message;
-    env.workspace = scratch().data();
-    env.workspace_size = scratch().size();
-    fastops_status status = f.run(&d, &env);
-    if (status == FASTOPS_ERR_WORKSPACE && f.workspace != nullptr) {  // the kept one turned out too small
-      size_t bytes = 0;
-      status = f.workspace(&d, &env, &bytes);
-      if (status == FASTOPS_OK) {
-        scratch().reserve(bytes);
-        env.workspace = scratch().data();
-        env.workspace_size = scratch().size();
-        status = f.run(&d, &env);
-      }
-    }
+    const fastops_status status = run_on_cpu(reinterpret_cast<fastops_torch_function>(f.run),
+                                             reinterpret_cast<fastops_torch_workspace>(f.workspace), &d, message);
     if (status != FASTOPS_OK) raise(status, message);
-    remember_variant(env.variant);
   }
 
   void on_cuda(CudaFunction function, const void* desc) const;

@@ -13,6 +13,8 @@ from fastops import _ops
 from fastops.dispatch.override import _forced
 from fastops.dispatch.record import Call
 
+_ops.begin_direct(_forced)
+
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MAX_HEAD_DIM = 256
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from fastops import _cuda, _ops
 from fastops.dispatch.record import Call, Implementation
@@ -153,19 +154,26 @@ def _operator(op: str, cpp: Any, plain: Any, validate: Any) -> Operator:
 
 
 _silu_and_mul, _gelu_and_mul = _halves_operator("silu_and_mul"), _halves_operator("gelu_and_mul")
-_DIRECT = {op: (_ops.entry(op), _ops.entry(f"{op}_out"))
-           for op in ("silu_and_mul", "gelu_and_mul", "swiglu", "geglu")}  # fmt: skip
+_DIRECT = {name: _ops.direct(name) for name in (
+    "silu_and_mul", "gelu_and_mul_tanh", "gelu_and_mul_none", "swiglu", "geglu_tanh", "geglu_none")}  # fmt: skip
+_OP = {op: _ops.entry(op) for op in ("silu_and_mul", "gelu_and_mul")}
 
 
-def _directly(op: str, inputs: tuple[Tensor, ...], out: Tensor | None, **options: Any) -> Tensor | None:
-    """The call by the compiled operator itself; None where it may not be or is refused (see `common.direct`)."""
-    if not common.direct(*inputs):
+def _directly(name: str, *args: Tensor | None) -> Tensor | None:
+    """A direct call (csrc/python/direct.h); None where it is not taken."""
+    if is_compiling() or name not in _DIRECT:
+        return None
+    return _DIRECT[name](*args)  # type: ignore[no-any-return]
+
+
+def _halves_directly(op: str, kind: str, x: Tensor, out: Tensor | None, **options: Any) -> Tensor | None:
+    """The same where a new result is not like x: the compiled operator itself makes it (see `common.direct`)."""
+    if out is not None:
+        return _directly(op + kind, x, out)
+    if not common.direct(x):
         return None
     try:
-        if out is None:
-            return _DIRECT[op][0](*inputs, **options)  # type: ignore[no-any-return]
-        _DIRECT[op][1](*inputs, **options, out=out)
-        return out
+        return _OP[op](x, **options)  # type: ignore[no-any-return]
     except RuntimeError:
         return None
 
@@ -192,7 +200,7 @@ def silu_and_mul(x: Tensor, *, out: Tensor | None = None) -> Tensor:
         >>> fastops.silu_and_mul(torch.tensor([1.0, 2.0]))
         tensor([1.4621])
     """
-    y = _directly("silu_and_mul", (x,), out)
+    y = _halves_directly("silu_and_mul", "", x, out)
     if y is not None:
         return y
     common.require_tensor("silu_and_mul", "x", x)
@@ -205,7 +213,7 @@ def gelu_and_mul(x: Tensor, *, approximate: str = "tanh", out: Tensor | None = N
     Args:
         approximate: "tanh" (Gemma) or "none" (the error function), as in torch's gelu.
     """
-    y = _directly("gelu_and_mul", (x,), out, approximate=approximate)
+    y = _halves_directly("gelu_and_mul", f"_{approximate}", x, out, approximate=approximate)
     if y is not None:
         return y
     common.require_tensor("gelu_and_mul", "x", x)
@@ -244,7 +252,7 @@ _swiglu, _geglu = _pair_operator("swiglu"), _pair_operator("geglu")
 
 def swiglu(gate: Tensor, up: Tensor, *, out: Tensor | None = None) -> Tensor:
     """silu(gate) * up: `silu_and_mul` for two tensors of one shape. out may be gate or up."""
-    y = _directly("swiglu", (gate, up), out)
+    y = _directly("swiglu", gate, up, out)
     if y is not None:
         return y
     common.require_tensor("swiglu", "gate", gate)
@@ -253,7 +261,7 @@ def swiglu(gate: Tensor, up: Tensor, *, out: Tensor | None = None) -> Tensor:
 
 def geglu(gate: Tensor, up: Tensor, *, approximate: str = "tanh", out: Tensor | None = None) -> Tensor:
     """gelu(gate) * up: `gelu_and_mul` for two tensors of one shape. out may be gate or up."""
-    y = _directly("geglu", (gate, up), out, approximate=approximate)
+    y = _directly(f"geglu_{approximate}", gate, up, out)
     if y is not None:
         return y
     common.require_tensor("geglu", "gate", gate)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from fastops import _cuda, _ops
 from fastops.dispatch.record import Call, Implementation
@@ -264,7 +265,7 @@ def _rms_cpp(
 
 
 _rms = _operator("rms_norm", _rms_cpp, _rms_reference, _rms_validate)
-_rms_op, _rms_into = _ops.entry("rms_norm"), _ops.entry("rms_norm_out")
+_rms_direct = _ops.direct("rms_norm")
 
 
 def rms_norm(
@@ -302,14 +303,10 @@ def rms_norm(
         >>> fastops.rms_norm(torch.tensor([3.0, 4.0]), eps=0.0)
         tensor([0.8485, 1.1314])
     """
-    if quant is None and common.direct(x, weight):
-        try:
-            if out is None:
-                return _rms_op(x, weight, eps, weight_offset=weight_offset)
-            _rms_into(x, weight, eps, weight_offset=weight_offset, out=out)
-            return out
-        except RuntimeError:  # refused: the long way prepares the tensors, or says what is wrong
-            pass
+    if quant is None and not is_compiling():
+        y = _rms_direct(x, weight, eps, weight_offset, out)
+        if y is not None:
+            return y
     common.require_tensor("rms_norm", "x", x)
     return _rms((x.dtype, x.device), x, weight, eps, weight_offset=weight_offset, quant=quant, out=out)
 
@@ -358,7 +355,7 @@ def _fused_cpp(
 
 
 _fused = _operator("fused_add_rms_norm", _fused_cpp, _fused_reference, _fused_validate)
-_fused_op = _ops.entry("fused_add_rms_norm")
+_fused_direct = _ops.direct("fused_add_rms_norm")
 
 
 def fused_add_rms_norm(
@@ -387,12 +384,8 @@ def fused_add_rms_norm(
     Numerics: the sum is normalised in fp32, before it is rounded for `residual` (FlashInfer's way; vLLM rounds first).
     Cost: memory-bound, two reads and two writes of each element.
     """
-    if quant is None and common.direct(x, residual, weight):
-        try:
-            _fused_op(x, residual, weight, eps, weight_offset=weight_offset)
-            return x, residual
-        except RuntimeError:
-            pass
+    if quant is None and not is_compiling() and _fused_direct(x, residual, weight, eps, weight_offset):
+        return x, residual
     common.require_tensor("fused_add_rms_norm", "x", x)
     return _fused((x.dtype, x.device), x, residual, weight, eps, weight_offset=weight_offset, quant=quant)
 
@@ -456,6 +449,7 @@ def _layer_cpp(
     return _run("layer_norm", x, (weight, bias), {"eps": eps}, quant, out)
 
 
+_layer_direct = _ops.direct("layer_norm")
 _layer = _operator("layer_norm", _layer_cpp, _layer_reference, _layer_validate)
 
 
@@ -473,6 +467,10 @@ def layer_norm(
 
     Source: Ba, Kiros and Hinton, Layer Normalization, arXiv:1607.06450, equation 4.
     """
+    if quant is None and not is_compiling():
+        y = _layer_direct(x, weight, bias, eps, out)
+        if y is not None:
+            return y
     common.require_tensor("layer_norm", "x", x)
     return _layer((x.dtype, x.device), x, weight, bias, eps, quant=quant, out=out)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from fastops import _cuda, _ops
 from fastops.dispatch.record import Call, Implementation
@@ -270,7 +271,8 @@ def _qk_cpp(
 # ---- operators ------------------------------------------------------------------------------------------------------
 
 
-_qk_op, _qk_into = _ops.entry("qk_norm_rope"), _ops.entry("qk_norm_rope_out")
+_rope_direct, _qk_direct = _ops.direct("apply_rope"), _ops.direct("qk_norm_rope")
+_NEW = (None, None)  # results for the direct calls to make
 
 
 def _describe(q: Tensor, *args: Any, cos: Any = None, **kwargs: Any) -> Call:
@@ -357,6 +359,12 @@ def apply_rope(
         >>> fastops.apply_rope(q, None, torch.zeros(1, 1), torch.ones(1, 1))[0].flatten()
         tensor([0., 1.])
     """
+    results = _NEW if out is None else out
+    if type(results) is tuple and len(results) == 2 and not is_compiling():
+        q_out, k_out = results
+        y = _rope_direct(q, k, cos, sin, positions, interleaved, q_out, k_out)
+        if y is not None:
+            return y
     common.require_tensor("apply_rope", "q", q)
     return _rope((q.dtype, q.device), q, k, cos, sin, interleaved=interleaved, positions=positions, out=out)
 
@@ -394,27 +402,15 @@ def qk_norm_rope(
     Raises:
         ValueError, TypeError: as `apply_rope`; a slot outside the cache.
     """
-    caches = not (slots is None and v is None and k_cache is None and v_cache is None)
-    if (out is not None or not caches) and common.direct(q, k, q_weight, k_weight, cos, sin):
-        try:
-            options: dict[str, Any] = {"eps": eps}  # those that are not the operator's defaults: each one costs
-            if weight_offset:
-                options["weight_offset"] = weight_offset
-            if interleaved:
-                options["interleaved"] = True
-            if positions is not None:
-                options["positions"] = positions
-            if out is None:
-                q_new, k_new = _qk_op(q, k, q_weight, k_weight, cos, sin, **options)
-                return q_new, None if k is None else k_new
-            q_new, k_new = out
-            if caches:
-                options.update(v=v, slots=slots, k_cache=k_cache, v_cache=v_cache)
-            into = None if k is None else k_new
-            _qk_into(q, k, q_weight, k_weight, cos, sin, q_out=q_new, k_out=into, **options)
-            return q_new, into
-        except (RuntimeError, TypeError, ValueError):  # refused: the long way prepares the tensors, or says why
-            pass
+    results = _NEW if out is None else out
+    if type(results) is tuple and len(results) == 2 and not is_compiling():
+        q_out, k_out = results
+        y = _qk_direct(
+            q, k, q_weight, k_weight, cos, sin, eps, weight_offset, positions, interleaved, v, slots, k_cache, v_cache,
+            q_out, k_out,
+        )  # fmt: skip
+        if y is not None:
+            return y
     common.require_tensor("qk_norm_rope", "q", q)
     return _qk(
         (q.dtype, q.device), q, k, q_weight, k_weight, cos, sin, eps=eps, weight_offset=weight_offset,

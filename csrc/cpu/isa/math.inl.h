@@ -23,6 +23,9 @@ template <class T>
 FASTOPS_INLINE void vstream_pair(T* p, vf a, vf b) {
   vstream(p, a, b);
 }
+// 2 W floats, in memory order, as vload_pair orders T's.
+template <class T>
+FASTOPS_INLINE void vpair_as(const T*, vf*) {}
 // sum, and the squares of 2 W elements.
 template <class T>
 FASTOPS_INLINE vf vadd_squares2(vf sum, const T* p) {

@@ -72,6 +72,12 @@ FASTOPS_INLINE void vload_pair(const bf16* p, vf* even, vf* odd) {
   *even = _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
   *odd = _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
 }
+FASTOPS_INLINE void vpair_as(const bf16*, vf* v) {
+  const __m512i two = _mm512_slli_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), 1);
+  const vf even = _mm512_permutex2var_ps(v[0], two, v[1]);
+  v[1] = _mm512_permutex2var_ps(v[0], _mm512_add_epi32(two, _mm512_set1_epi32(1)), v[1]);
+  v[0] = even;
+}
 FASTOPS_INLINE __m512i vnarrow_pair(vf even, vf odd) {
   const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   const __m512i order = _mm512_or_si512(lanes, _mm512_slli_epi32(_mm512_add_epi32(lanes, _mm512_set1_epi32(16)), 16));

@@ -11,20 +11,11 @@ namespace fastops::cpu {
 namespace {
 
 constexpr int64_t kMaxDim = kMaxRopeDim;
+static_assert(kMaxDim <= 2 * kRopePairs);
 
 char* slot_of(const fastops_tensor& cache, int64_t slot) {
   const int64_t page = cache.size[1], esize = size_of(cache.dtype);
   return static_cast<char*>(cache.data) + (slot / page * cache.stride[0] + slot % page * cache.stride[1]) * esize;
-}
-
-void widen(const fastops_tensor& t, float offset, float* out) {
-  for (int64_t i = 0; i < t.size[0]; ++i) {
-    float x = 0.0f;
-    if (t.dtype == FASTOPS_F32) x = static_cast<const float*>(t.data)[i];
-    if (t.dtype == FASTOPS_F16) x = to_f32(static_cast<const f16*>(t.data)[i]);
-    if (t.dtype == FASTOPS_BF16) x = to_f32(static_cast<const bf16*>(t.data)[i]);
-    out[i] = x + offset;
-  }
 }
 
 // Row `token` of cos, sin or positions, which may have rows for the places of one sequence only.
@@ -70,48 +61,46 @@ extern "C" fastops_status fastops_rope(const fastops_rope_desc* desc, fastops_en
   const int64_t work = (heads_of(d.q) + heads_of(d.k)) * dim, threads = env->num_threads > 1 ? env->num_threads : 1;
   const bool brief = is_brief(tokens * work, *env);
   const int64_t per = brief ? (tokens + threads - 1) / threads : rows_per_item(tokens, work, *env);
+  const auto slot_at = [&](int64_t t) { return given(d.slots) ? static_cast<const int64_t*>(d.slots.data)[t] : -1; };
+  const auto place_q = [&](int64_t t) {
+    return RopePlace{q.at(t), q_out.at(t), step_of(d.q), step_of(d.q_out), heads_of(d.q)};
+  };
+  const auto place_k = [&](int64_t t) {  // without k_out it goes to its slot only
+    if (given(d.k_out)) return RopePlace{k.at(t), k_out.at(t), step_of(d.k), step_of(d.k_out), heads_of(d.k)};
+    if (const int64_t slot = slot_at(t); slot >= 0)
+      return RopePlace{k.at(t), slot_of(d.k_cache, slot), step_of(d.k), step_of(d.k_cache), heads_of(d.k)};
+    return RopePlace{};
+  };
   const auto run = [&](int64_t item, int) {
-    alignas(64) float cosines[kMaxDim + 16], sines[kMaxDim + 16], q_weight[kMaxDim], k_weight[kMaxDim];
-    if (given(d.q_weight)) widen(d.q_weight, d.weight_offset, q_weight);
-    if (given(d.k_weight)) widen(d.k_weight, d.weight_offset, k_weight);
-    const int64_t end = (item + 1) * per < tokens ? (item + 1) * per : tokens;
-    for (int64_t t = item * per; t < end; ++t) {
-      const int64_t angle = given(d.positions)
-                                ? index_at(d.positions.dtype, positions.at(row_of(d.positions, 0, d.q, t)))
-                                : row_of(d.cos, 1, d.q, t);
-      variant.table.angles({cos.at(angle), sin.at(angle), d.cos.dtype, d.inverse != 0}, shape, cosines, sines);
-      const bool more = t + 1 < tokens;
-      const auto turn = [&](const fastops_tensor& from, const Rows& in, char* out, char* next_out, int64_t out_step,
-                            const float* weight) {
-        const RopeHeads h{in.at(t),
-                          out,
-                          step_of(from),
-                          out_step,
-                          heads_of(from),
-                          weight,
-                          more ? in.at(t + 1) : nullptr,
-                          shape.stream ? nullptr : next_out};
-        variant.table.heads(h, shape, cosines, sines);
-      };
-      turn(d.q, q, q_out.at(t), more ? q_out.at(t + 1) : nullptr, step_of(d.q_out),
-           given(d.q_weight) ? q_weight : nullptr);
-      if (!given(d.k)) continue;
-      const int64_t slot = given(d.slots) ? static_cast<const int64_t*>(d.slots.data)[t] : -1;
-      char* const cached = slot >= 0 ? slot_of(d.k_cache, slot) : nullptr;
-      const int64_t cached_step = cached ? d.k_cache.stride[2] * esize : 0, rows = heads_of(d.k);
-      const float* weight = given(d.k_weight) ? k_weight : nullptr;
-      if (given(d.k_out)) {
-        turn(d.k, k, k_out.at(t), more ? k_out.at(t + 1) : nullptr, step_of(d.k_out), weight);
-        for (int64_t h = 0; cached && h < rows; ++h)
-          std::memcpy(cached + h * cached_step, k_out.at(t) + h * step_of(d.k_out), static_cast<size_t>(dim * esize));
-      } else if (cached) {
-        turn(d.k, k, cached, nullptr, cached_step, weight);
+    alignas(64) float cosines[kMaxDim + 16], sines[kMaxDim + 16], weight[kMaxDim];
+    const int64_t begin = item * per, end = begin + per < tokens ? begin + per : tokens;
+    // All of q and then all of k, so that memory is read and written in one line each.
+    const auto turn = [&](const fastops_tensor& affine, const auto& place, const RopePlace& behind) {
+      if (given(affine))
+        variant.table.weight(static_cast<const char*>(affine.data), affine.dtype, affine.size[0], d.weight_offset,
+                             weight);
+      for (int64_t t = begin; t < end; ++t) {
+        const int64_t angle = given(d.positions)
+                                  ? index_at(d.positions.dtype, positions.at(row_of(d.positions, 0, d.q, t)))
+                                  : row_of(d.cos, 1, d.q, t);
+        variant.table.angles({cos.at(angle), sin.at(angle), d.cos.dtype, d.inverse != 0}, shape, cosines, sines);
+        const RopePlace next = t + 1 < end ? place(t + 1) : behind;
+        const RopePlace after = t + 2 < end ? place(t + 2) : t + 1 < end ? behind : RopePlace{};
+        variant.table.heads({place(t), given(affine) ? weight : nullptr, {next, after}}, shape, cosines, sines);
       }
-      if (cached && given(d.v))
-        for (int64_t h = 0; h < rows; ++h)
-          std::memcpy(slot_of(d.v_cache, slot) + h * d.v_cache.stride[2] * esize, v.at(t) + h * step_of(d.v),
-                      static_cast<size_t>(last(d.v) * esize));
-    }
+    };
+    turn(d.q_weight, place_q, given(d.k) ? place_k(begin) : RopePlace{});
+    if (!given(d.k)) return;
+    turn(d.k_weight, place_k, RopePlace{});
+    if (!given(d.slots)) return;
+    const auto copy = [&](const fastops_tensor& from, const Rows& rows, const fastops_tensor& cache) {
+      for (int64_t t = begin; t < end; ++t)
+        for (int64_t i = 0; slot_at(t) >= 0 && i < heads_of(from); ++i)
+          std::memcpy(slot_of(cache, slot_at(t)) + i * step_of(cache), rows.at(t) + i * step_of(from),
+                      static_cast<size_t>(last(from) * esize));
+    };
+    if (given(d.k_out)) copy(d.k_out, k_out, d.k_cache);
+    if (given(d.v)) copy(d.v, v, d.v_cache);
   };
   parallel_items(*env, (tokens + per - 1) / per, run, brief);
   return FASTOPS_OK;

@@ -6,14 +6,19 @@
 
 namespace fastops::cpu {
 
-// One token's heads of one tensor.
-struct RopeHeads {
+constexpr int64_t kRopePairs = 512;  // of a head, at most
+
+// One token's heads of one tensor. Steps are bytes from head to head.
+struct RopePlace {
   const char* in;
   char* out;
-  int64_t in_step, out_step;  // bytes from head to head
+  int64_t in_step, out_step;
   int64_t heads;
-  const float* weight;          // [D] or null: RMS norm first
-  const char *next, *next_out;  // the next token's, to ask for while these are turned, or null
+};
+
+struct RopeHeads : RopePlace {
+  const float* weight;  // [D] or null: RMS norm first
+  RopePlace then[2];    // what is turned after these, to ask for meanwhile; no heads: nothing
 };
 
 struct RopeAngles {
@@ -30,6 +35,8 @@ struct RopeShape {
 };
 
 struct RopeTable {
+  // [n] of any dtype as floats, plus offset.
+  void (*weight)(const char* from, int32_t dtype, int64_t n, float offset, float* to);
   // `half` angles as floats, the sines negated when inverse. Interleaved: each twice, the first sine of two negated.
   void (*angles)(const RopeAngles& from, const RopeShape& shape, float* cos, float* sin);
   void (*heads)(const RopeHeads& h, const RopeShape& shape, const float* cos, const float* sin);

@@ -1,0 +1,200 @@
+"""Direct calls (csrc/python/direct.h): taken only where torch's dispatcher has nothing to do but find the kernel."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+
+import pytest
+import torch
+
+import fastops
+from fastops import _cuda, _ops
+
+pytestmark = pytest.mark.skipif(_ops.control is None, reason="the compiled library is not built")
+C = _ops.control
+
+
+@pytest.fixture
+def x():
+    return torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+
+
+def taken(x, weight=None, out=None):
+    return C.direct_rms_norm(x, weight, 1e-6, 0.0, out)
+
+
+def calls():
+    g = torch.Generator().manual_seed(1)
+    x, y, w = (torch.randn(*shape, generator=g) for shape in ((6, 64), (6, 64), (64,)))
+    q, k = torch.randn(6, 4, 64, generator=g), torch.randn(6, 2, 64, generator=g)
+    cos, sin = torch.rand(6, 32, generator=g), torch.rand(6, 32, generator=g)
+    none = (None,) * 6
+    ops = torch.ops.fastops
+    yield "rms_norm", (x, w, 1e-6, 1.0, None), lambda: ops.rms_norm(x, w, 1e-6, weight_offset=1.0)
+    yield "layer_norm", (x, w, w, 1e-5, None), lambda: ops.layer_norm(x, w, w, 1e-5)
+    yield "silu_and_mul", (x, torch.empty(6, 32)), lambda: ops.silu_and_mul(x)
+    for kind in ("tanh", "none"):
+        into = torch.empty(6, 32)
+        yield f"gelu_and_mul_{kind}", (x, into), lambda kind=kind: ops.gelu_and_mul(x, approximate=kind)
+        yield f"geglu_{kind}", (x, y, None), lambda kind=kind: ops.geglu(x, y, approximate=kind)
+    yield "swiglu", (x, y, None), lambda: ops.swiglu(x, y)
+    yield (
+        "apply_rope",
+        (q, k, cos, sin, None, True, None, None),
+        lambda: ops.apply_rope(q, k, cos, sin, interleaved=True),
+    )
+    yield (
+        "qk_norm_rope",
+        (q, k, w, w, cos, sin, 1e-6, 1.0, None, False, *none),
+        lambda: ops.qk_norm_rope(q, k, w, w, cos, sin, eps=1e-6, weight_offset=1.0),
+    )
+
+
+@pytest.mark.parametrize(("name", "args", "operator"), [pytest.param(*c, id=c[0]) for c in calls()])
+def test_gives_what_the_operator_gives(name, args, operator):
+    got, expected = getattr(C, f"direct_{name}")(*args), operator()
+    for a, b in zip(got, expected, strict=True) if isinstance(got, tuple) else [(got, expected)]:
+        assert torch.equal(a, b)
+        assert a.is_contiguous()
+
+
+def test_in_place(x):
+    residual = torch.randn(4, 64)
+    a, b = x.clone(), residual.clone()
+    assert C.direct_fused_add_rms_norm(a, b, None, 1e-6, 0.0) is True
+    torch.ops.fastops.fused_add_rms_norm(x, residual)
+    assert torch.equal(a, x)
+    assert torch.equal(b, residual)
+
+
+def test_writes_to_out_and_returns_it(x):
+    out = torch.empty_like(x)
+    assert taken(x, out=out) is out
+    assert torch.equal(out, torch.ops.fastops.rms_norm(x))
+
+
+class Sub(torch.Tensor):
+    pass
+
+
+def test_takes_plain_dense_tensors_only(x):
+    assert taken(x) is not None
+    assert taken(x, torch.nn.Parameter(torch.ones(64), requires_grad=False)) is not None
+    imaginary = torch.randn(4, 64, dtype=torch.complex64).conj().imag
+    assert imaginary.is_neg()
+    for other in (
+        x.double(), x.t(), x[:, ::2], imaginary, x.to("meta"), x.to_sparse(), x.as_subclass(Sub), x.view(1, 1, 1, 1, 4, 64),
+        x.int(), torch.tensor(1.0), None, 3, torch.nn.UninitializedParameter(),
+    ):  # fmt: skip
+        assert taken(other) is None
+    assert taken(x, weight=torch.ones(63)) is None
+    assert taken(x, weight=torch.ones(64).double()) is None
+    assert taken(x, out=torch.empty(4, 63)) is None
+    assert taken(x, out=[1]) is None
+    assert C.direct_rms_norm(x, None, "1", 0.0, None) is None
+    assert C.direct_rms_norm(x, None, -1.0, 0.0, None) is None
+    with pytest.raises(TypeError, match="needs 5 arguments, got 1"):
+        C.direct_rms_norm(x)
+
+
+def test_negated_tensors_come_out_right():
+    imaginary = torch.randn(4, 64, dtype=torch.complex64).conj().imag
+    assert torch.allclose(fastops.rms_norm(imaginary), fastops.rms_norm(imaginary.clone()))
+
+
+def test_leaves_gradients_to_autograd(x):
+    wants = x.clone().requires_grad_()
+    assert taken(wants) is None
+    assert taken(x, weight=torch.ones(64, requires_grad=True)) is None
+    with torch.no_grad():
+        assert taken(wants) is not None
+    with torch.inference_mode():
+        assert taken(x) is not None
+
+
+def test_leaves_modes_to_torch(x):
+    from torch.overrides import TorchFunctionMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    names: list[str] = []
+    out = torch.empty_like(x)
+    with Seen():
+        assert taken(x, out=out) is None
+        fastops.rms_norm(x, out=out)
+    assert any(name.startswith("fastops.rms_norm") for name in names)
+    with TorchFunctionMode():
+        assert taken(x) is None
+    with fastops.override(rms_norm="reference"):
+        assert taken(x) is None
+    with _cuda.emulated():
+        assert taken(x) is None
+    assert taken(x) is not None
+
+
+def test_transforms_see_the_operator(x):
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    graph = make_fx(lambda t: fastops.rms_norm(t))(x)
+    assert "fastops.rms_norm" in graph.code
+    seen = []
+    torch.func.functionalize(lambda t: seen.append(taken(t)) or t)(x)
+    torch.func.vmap(lambda t: seen.append(taken(t)) or t)(x)
+    torch.func.grad(lambda t: seen.append(taken(t)) or t.sum())(x)
+    assert seen == [None] * 3
+
+
+def test_a_profile_shows_the_operator(x):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        assert taken(x) is None
+        fastops.rms_norm(x)
+    assert any("fastops::rms_norm" in event.key for event in profile.key_averages())
+    assert taken(x) is not None
+
+
+def test_autograd_notices_what_was_overwritten(x):
+    leaf = torch.ones(4, 64, requires_grad=True)
+    out = torch.empty_like(x)
+    y = leaf * out  # keeps out
+    before = out._version
+    assert taken(x, out=out) is out
+    assert out._version == before + 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_keeps_no_references(x):
+    out, weight = torch.empty_like(x), torch.ones(64)
+    objects = (x, out, weight, None)
+    before = [sys.getrefcount(o) for o in objects[:3]]
+    for _ in range(100):
+        taken(x, weight, out)
+        taken(x, weight)
+        taken(x.double())
+        taken(x, torch.ones(63), out)
+        taken(x, torch.ones(63))
+    assert [sys.getrefcount(o) for o in objects[:3]] == before
+    result = weakref.ref(taken(x))
+    assert result() is None
+
+
+def test_many_threads_at_once(x):
+    expected, wrong = taken(x), []
+
+    def work():
+        for _ in range(200):
+            if not torch.equal(taken(x), expected):
+                wrong.append(1)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
