@@ -156,7 +156,7 @@ def begin_direct(forced: Any) -> None:
     )
     control.direct_begin(
         torch.Tensor, torch.nn.Parameter, capsule, forced, vars(torch.autograd.profiler), guards,
-        torch._C._increment_version, torch.empty_like, torch.contiguous_format,
+        torch._C._increment_version, torch.contiguous_format, torch.empty_like, torch.empty_strided,
     )  # fmt: skip
 
 

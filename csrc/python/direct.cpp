@@ -1,7 +1,5 @@
 #include "python/direct.h"
 
-#include "torch/halves.h"
-
 namespace fastops::direct {
 namespace {
 
@@ -9,8 +7,9 @@ namespace {
 struct {
   PyTypeObject *tensor = nullptr, *parameter = nullptr;
   const DLPackExchangeAPI* exchange = nullptr;
-  PyObject *forced = nullptr, *profiler = nullptr, *guards = nullptr, *step = nullptr, *empty_like = nullptr;
-  PyObject *keywords = nullptr, *contiguous = nullptr, *requires_grad = nullptr, *profiling = nullptr;
+  PyObject *forced = nullptr, *profiler = nullptr, *guards = nullptr, *step = nullptr, *contiguous = nullptr;
+  PyObject *empty_like = nullptr, *empty_strided = nullptr, *format_keyword = nullptr, *dtype_keyword = nullptr;
+  PyObject *requires_grad = nullptr, *profiling = nullptr, *dtype = nullptr;
 } g;
 
 fastops_dtype dtype_of(const DLDataType& t) {
@@ -22,6 +21,8 @@ fastops_dtype dtype_of(const DLDataType& t) {
       return t.bits == 16 ? FASTOPS_BF16 : FASTOPS_DTYPE_NONE;
     case kDLInt:
       return t.bits == 32 ? FASTOPS_I32 : t.bits == 64 ? FASTOPS_I64 : FASTOPS_DTYPE_NONE;
+    case kDLUInt:
+      return t.bits == 8 ? FASTOPS_U8 : FASTOPS_DTYPE_NONE;
     default:
       return FASTOPS_DTYPE_NONE;
   }
@@ -81,8 +82,56 @@ bool allowed() {
 
 PyObject* like(PyObject* object) {
   PyObject* args[] = {object, g.contiguous};
-  PyObject* made = PyObject_Vectorcall(g.empty_like, args, 1, g.keywords);
+  PyObject* made = PyObject_Vectorcall(g.empty_like, args, 1, g.format_keyword);
   if (made == nullptr) PyErr_Clear();
+  return made;
+}
+
+bool number(PyObject* object, float* to) {
+  if (!PyFloat_CheckExact(object) && !PyLong_CheckExact(object)) return false;
+  *to = static_cast<float>(PyFloat_AsDouble(object));
+  if (PyErr_Occurred() == nullptr) return true;
+  PyErr_Clear();
+  return false;
+}
+
+bool flatten(fastops_tensor* t) {
+  const int k = t->ndim - 1;
+  int64_t rows = 1, step = t->size[k];
+  bool one = true;  // so far
+  for (int i = k - 1; i >= 0; --i) {
+    if (t->size[i] != 1) {
+      if (one)
+        step = t->stride[i];
+      else if (t->stride[i] != rows * step)
+        return false;
+      one = false;
+    }
+    rows *= t->size[i];
+  }
+  t->size[1] = t->size[k];
+  t->size[0] = rows;
+  t->stride[1] = 1;
+  t->stride[0] = step;
+  t->ndim = 2;
+  return true;
+}
+
+PyObject* like_with(PyObject* object, const fastops_tensor& seen, int64_t last) {
+  PyObject* args[] = {PyTuple_New(seen.ndim), PyTuple_New(seen.ndim), PyObject_GetAttr(object, g.dtype)};
+  PyObject* made = nullptr;
+  if (args[0] != nullptr && args[1] != nullptr && args[2] != nullptr) {
+    int64_t step = 1;
+    for (int i = seen.ndim - 1; i >= 0; --i) {
+      const int64_t size = i == seen.ndim - 1 ? last : seen.size[i];
+      PyTuple_SET_ITEM(args[0], i, PyLong_FromLongLong(size));
+      PyTuple_SET_ITEM(args[1], i, PyLong_FromLongLong(step));
+      step *= size > 0 ? size : 1;
+    }
+    made = PyObject_Vectorcall(g.empty_strided, args, 2, g.dtype_keyword);
+  }
+  if (made == nullptr) PyErr_Clear();
+  for (PyObject* arg : args) Py_XDECREF(arg);
   return made;
 }
 
@@ -122,12 +171,10 @@ PyObject* Call::run(fastops_torch_function function, fastops_torch_workspace wor
   return all;
 }
 
-namespace {
-
-// begin(Tensor, Parameter, exchange, forced, profiler, guards, step, empty_like, contiguous)
+// begin(Tensor, Parameter, exchange, forced, profiler, guards, step, contiguous, empty_like, empty_strided)
 PyObject* begin(PyObject*, PyObject* const* args, Py_ssize_t n) {
-  if (n != 9) {
-    PyErr_SetString(PyExc_TypeError, "direct_begin needs 9 arguments");
+  if (n != 10) {
+    PyErr_SetString(PyExc_TypeError, "direct_begin needs 10 arguments");
     return nullptr;
   }
   const auto* header =
@@ -144,91 +191,16 @@ PyObject* begin(PyObject*, PyObject* const* args, Py_ssize_t n) {
   g.profiler = args[4];
   g.guards = args[5];
   g.step = args[6];
-  g.empty_like = args[7];
-  g.contiguous = args[8];
+  g.contiguous = args[7];
+  g.empty_like = args[8];
+  g.empty_strided = args[9];
   g.requires_grad = PyUnicode_InternFromString("requires_grad");
   g.profiling = PyUnicode_InternFromString("_is_profiler_enabled");
-  g.keywords = Py_BuildValue("(s)", "memory_format");
+  g.dtype = PyUnicode_InternFromString("dtype");
+  g.format_keyword = Py_BuildValue("(s)", "memory_format");
+  g.dtype_keyword = Py_BuildValue("(s)", "dtype");
   g.exchange = reinterpret_cast<const DLPackExchangeAPI*>(header);
   Py_RETURN_TRUE;
-}
-
-// ---- the operators --------------------------------------------------------------------------------------------------
-
-using Norm = fastops_norm_desc;
-using Gated = fastops_gated_desc;
-using Rope = fastops_rope_desc;
-
-bool in_place(Norm& d) {
-  d.out = d.x;
-  d.sum = d.residual;
-  return true;
-}
-bool layer(Norm& d) {
-  d.layer = 1;
-  return true;
-}
-template <fastops_activation Kind>
-bool whole(Gated& d) {
-  d.activation = Kind;
-  return true;
-}
-template <fastops_activation Kind>
-bool halves(Gated& d) {
-  d.activation = Kind;
-  return binding::halve(&d.gate, &d.up);
-}
-
-template <bool (*Finish)(Norm&), class... Fields>
-constexpr auto norm = &operate<Norm, &fastops_norm, &fastops_norm_workspace, Finish, Fields...>;
-template <bool (*Finish)(Gated&), class... Fields>
-constexpr auto gated = &operate<Gated, &fastops_gated, nullptr, Finish, Fields...>;
-template <class... Fields>
-constexpr auto rope = &operate<Rope, &fastops_rope, nullptr, &nothing<Rope>, Fields...>;
-
-constexpr auto rms_norm = norm<&nothing<Norm>, Input<&Norm::x>, Optional<&Norm::weight>, Number<&Norm::eps>,
-                               Number<&Norm::weight_offset>, Result<&Norm::out, 0>>;
-constexpr auto fused_add_rms_norm = norm<&in_place, Updated<&Norm::x>, Updated<&Norm::residual>,
-                                         Optional<&Norm::weight>, Number<&Norm::eps>, Number<&Norm::weight_offset>>;
-constexpr auto layer_norm = norm<&layer, Input<&Norm::x>, Optional<&Norm::weight>, Optional<&Norm::bias>,
-                                 Number<&Norm::eps>, Result<&Norm::out, 0>>;
-
-template <fastops_activation Kind>
-constexpr auto and_mul = gated<&halves<Kind>, Input<&Gated::gate>, Result<&Gated::out, 1>>;
-template <fastops_activation Kind>
-constexpr auto pair = gated<&whole<Kind>, Input<&Gated::gate>, Input<&Gated::up>, Result<&Gated::out, 0>>;
-
-constexpr auto apply_rope =
-    rope<Input<&Rope::q>, Optional<&Rope::k>, Input<&Rope::cos>, Input<&Rope::sin>, Optional<&Rope::positions>,
-         Flag<&Rope::interleaved>, Result<&Rope::q_out, 0>, Result<&Rope::k_out, 1>>;
-constexpr auto qk_norm_rope =
-    rope<Input<&Rope::q>, Optional<&Rope::k>, Optional<&Rope::q_weight>, Optional<&Rope::k_weight>, Input<&Rope::cos>,
-         Input<&Rope::sin>, Number<&Rope::eps>, Number<&Rope::weight_offset>, Optional<&Rope::positions>,
-         Flag<&Rope::interleaved>, Optional<&Rope::v>, Optional<&Rope::slots>, OptionalUpdated<&Rope::k_cache>,
-         OptionalUpdated<&Rope::v_cache>, Result<&Rope::q_out, 0>, Result<&Rope::k_out, 1>>;
-
-using Function = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);
-PyMethodDef method(const char* name, Function function) {
-  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL, nullptr};
-}
-
-}  // namespace
-
-PyMethodDef* methods() {
-  static PyMethodDef all[] = {method("direct_begin", &begin),
-                              method("direct_rms_norm", rms_norm),
-                              method("direct_fused_add_rms_norm", fused_add_rms_norm),
-                              method("direct_layer_norm", layer_norm),
-                              method("direct_silu_and_mul", and_mul<FASTOPS_SILU>),
-                              method("direct_gelu_and_mul_tanh", and_mul<FASTOPS_GELU_TANH>),
-                              method("direct_gelu_and_mul_none", and_mul<FASTOPS_GELU>),
-                              method("direct_swiglu", pair<FASTOPS_SILU>),
-                              method("direct_geglu_tanh", pair<FASTOPS_GELU_TANH>),
-                              method("direct_geglu_none", pair<FASTOPS_GELU>),
-                              method("direct_apply_rope", apply_rope),
-                              method("direct_qk_norm_rope", qk_norm_rope),
-                              {nullptr, nullptr, 0, nullptr}};
-  return all;
 }
 
 }  // namespace fastops::direct

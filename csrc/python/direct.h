@@ -6,6 +6,8 @@
 #include <ATen/dlpack.h>
 #include <Python.h>
 
+#include <cmath>
+
 #include "fastops/fastops.h"
 #include "torch/run.h"
 
@@ -20,8 +22,18 @@ bool allowed();
 // A new contiguous tensor like `object`, which `view` took; or null (no error set).
 PyObject* like(PyObject* object);
 
-// The functions fastops._C gets.
+// Leading dimensions as one: [..., K] to [M, K]; false where that takes a copy.
+bool flatten(fastops_tensor* t);
+
+// A new contiguous tensor like `object` but for its last dimension, or null (no error set).
+PyObject* like_with(PyObject* object, const fastops_tensor& seen, int64_t last);
+
+// The functions fastops._C gets; the first is `begin`, without which no call is taken.
 PyMethodDef* methods();
+PyObject* begin(PyObject*, PyObject* const* args, Py_ssize_t n);
+
+// A number, also a whole one; false (no error set) for anything else.
+bool number(PyObject* object, float* to);
 
 // Runs what the fields below have filled in; the results (borrowed from the caller or new) as Python returns them.
 struct Call {
@@ -36,6 +48,23 @@ struct Call {
   Call(const Call&) = delete;
   ~Call() {
     for (int i = 0; i < n_results; ++i) Py_XDECREF(results[i]);
+  }
+  // The tensor to write to, or for None the one that make() gives.
+  template <class F>
+  bool result(PyObject* object, const F& make) {
+    if (object != Py_None) {
+      written[n_written++] = object;
+      Py_INCREF(object);
+    } else if ((object = make()) == nullptr) {
+      return false;
+    }
+    results[n_results++] = object;
+    return true;
+  }
+  bool no_result() {
+    Py_INCREF(Py_None);
+    results[n_results++] = Py_None;
+    return true;
   }
   PyObject* run(fastops_torch_function function, fastops_torch_workspace workspace, const void* desc);
 };
@@ -75,22 +104,70 @@ struct OptionalUpdated {
   }
 };
 
-// A tensor to write to, or None for a new one like argument `Like` (and None where that is None).
+// A tensor to write to, None for a new one like argument `Like` (none where that is None), or False for none.
 template <auto Member, int Like>
 struct Result {
   template <class D>
   static bool take(Call& call, D& d, PyObject* object) {
-    if (object != Py_None) {
-      call.written[call.n_written++] = object;
-      Py_INCREF(object);
-    } else if (call.args[Like] != Py_None) {
-      object = like(call.args[Like]);
-      if (object == nullptr) return false;
-    } else {
-      Py_INCREF(object);
-    }
-    call.results[call.n_results++] = object;
-    return object == Py_None || view(object, &(d.*Member));
+    if (object == Py_False || (object == Py_None && call.args[Like] == Py_None)) return call.no_result();
+    return call.result(object, [&] { return like(call.args[Like]); }) &&
+           view(call.results[call.n_results - 1], &(d.*Member));
+  }
+};
+
+// [..., K] as rows.
+template <auto Member>
+struct Rows {
+  template <class D>
+  static bool take(Call&, D& d, PyObject* object) {
+    return view(object, &(d.*Member)) && flatten(&(d.*Member));
+  }
+};
+
+// The K that rows must have.
+template <auto Member>
+struct Columns {
+  template <class D>
+  static bool take(Call&, D& d, PyObject* object) {
+    return PyLong_CheckExact(object) && PyLong_AsLongLong(object) == (d.*Member).size[1];
+  }
+};
+
+// As Result, a new one like argument `Like`, seen as `Seen`, with the last dimension of `Last`.
+template <auto Member, int Like, auto Seen, auto Last>
+struct ResultWith {
+  template <class D>
+  static bool take(Call& call, D& d, PyObject* object) {
+    const fastops_tensor& last = d.*Last;
+    return call.result(object, [&] { return like_with(call.args[Like], d.*Seen, last.size[last.ndim - 1]); }) &&
+           view(call.results[call.n_results - 1], &(d.*Member));
+  }
+};
+
+// One that another field reads.
+struct Ignored {
+  template <class D>
+  static bool take(Call&, D&, PyObject*) {
+    return true;
+  }
+};
+
+// As Result, [..., N] for the rows of argument `Of` and the N of argument `N`.
+template <auto Member, int Of, int N>
+struct RowsResult {
+  template <class D>
+  static bool take(Call& call, D& d, PyObject* object) {
+    const int64_t n = PyLong_CheckExact(call.args[N]) ? PyLong_AsLongLong(call.args[N]) : -1;
+    fastops_tensor rows;
+    if (n < 0 || !view(call.args[Of], &rows)) return false;
+    fastops_tensor& out = d.*Member;
+    if (!call.result(object, [&] { return like_with(call.args[Of], rows, n); }) ||
+        !view(call.results[call.n_results - 1], &out) || out.ndim != rows.ndim)
+      return false;
+    rows.size[rows.ndim - 1] = n;
+    for (int i = 0; i < rows.ndim; ++i)
+      if (out.size[i] != rows.size[i]) return false;
+    return flatten(&out);
   }
 };
 
@@ -98,9 +175,29 @@ template <auto Member>
 struct Number {
   template <class D>
   static bool take(Call&, D& d, PyObject* object) {
-    if (!PyFloat_CheckExact(object)) return false;
-    d.*Member = static_cast<float>(PyFloat_AS_DOUBLE(object));
-    return true;
+    return number(object, &(d.*Member));
+  }
+};
+
+// NaN for None.
+template <auto Member>
+struct OptionalNumber {
+  template <class D>
+  static bool take(Call&, D& d, PyObject* object) {
+    d.*Member = NAN;
+    return object == Py_None || number(object, &(d.*Member));
+  }
+};
+
+template <auto Member>
+struct Whole {
+  template <class D>
+  static bool take(Call&, D& d, PyObject* object) {
+    if (!PyLong_CheckExact(object)) return false;
+    d.*Member = PyLong_AsLongLong(object);
+    if (PyErr_Occurred() == nullptr) return true;
+    PyErr_Clear();
+    return false;
   }
 };
 

@@ -48,11 +48,12 @@ def unpack24(packed: Tensor, n: int) -> tuple[Tensor, Tensor]:
 class Packed:
     """What the kernels read: codes [N / 16, K / 8, 16, 4] (2:4 sparse: 3), scales [N / 16, groups, 16], and the rest
     by the operator's names: zeros, mins (as scales), perm, column_scales, column_zeros (fp32 [slices, K]), eight (two
-    planes are 16 high + low of 8-bit codes)."""
+    planes are 16 high + low of 8-bit codes). `arguments` is all of it, for the direct call."""
 
     codes: Tensor
     scales: Tensor
     rest: dict[str, Any]
+    arguments: tuple[Any, ...]
 
 
 class Int4Weight(TensorParts):
@@ -160,7 +161,9 @@ class Int4Weight(TensorParts):
             for name in ("column_scales", "column_zeros"):
                 t = getattr(self, name)
                 rest[name] = None if t is None else t.float().contiguous()
-            self._packed = Packed(codes, scales, rest)
+            names = ("zeros", "mins", "perm", "column_scales", "column_zeros", "eight")
+            n, k = self.shape
+            self._packed = Packed(codes, scales, rest, (k, n, codes, scales, *(rest[name] for name in names)))
         return self._packed
 
     def __repr__(self) -> str:

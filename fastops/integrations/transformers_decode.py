@@ -21,6 +21,11 @@ from fastops.int4 import Int4Weight
 from fastops.integrations.transformers_patch import _GELU as GELU
 from fastops.integrations.transformers_patch import FAMILIES, _eps, _family, _offset, _window
 from fastops.nn import Int4Linear
+from fastops.ops.attention import attention
+from fastops.ops.gated import gelu_and_mul, silu_and_mul
+from fastops.ops.int4_linear import int4_linear
+from fastops.ops.norm import fused_add_rms_norm, rms_norm
+from fastops.ops.rope import qk_norm_rope
 
 Map = Callable[[Tensor], Tensor]
 
@@ -38,13 +43,11 @@ class Norm:
         return cls(module.weight.detach(), _eps(module), _offset(module))
 
     def __call__(self, x: Tensor) -> Tensor:
-        out: Tensor = _ops.ops.rms_norm.default(x, self.weight, self.eps, weight_offset=self.offset)
-        return out
+        return rms_norm(x, self.weight, self.eps, weight_offset=self.offset)  # type: ignore[no-any-return]
 
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
         """residual += x; x = norm(residual), both in place."""
-        _ops.ops.fused_add_rms_norm.default(x, residual, self.weight, self.eps, weight_offset=self.offset)
-        return x
+        return fused_add_rms_norm(x, residual, self.weight, self.eps, weight_offset=self.offset)[0]
 
 
 @dataclass(slots=True)
@@ -77,7 +80,8 @@ def linear(modules: list[Any]) -> Map:
         if joined is not None:
             biases = [m.bias if m.bias is not None else torch.zeros(m.out_features) for m in modules]
             bias = torch.cat(biases).float() if any(m.bias is not None for m in modules) else None
-            return _int4(joined, bias, modules[0].activations == "int8")
+            activations = modules[0].activations
+            return lambda x: int4_linear(x, joined, bias, activations=activations)
     if len(modules) == 1:
         (m,) = modules
         if type(m) is nn.Linear:
@@ -103,12 +107,6 @@ def _joined(weights: list[Int4Weight]) -> Int4Weight | None:
     assert codes is not None
     assert scales is not None
     return Int4Weight(codes, scales, zeros=rows("zeros"), mins=rows("mins"), kept=rows("kept"), planes=first.planes)
-
-
-def _int4(weight: Int4Weight, bias: Tensor | None, int8: bool) -> Map:
-    packed, n, run = weight.packed(), weight.shape[0], _ops.ops.int4_linear.default
-    codes, scales, options = packed.codes, packed.scales, {**packed.rest, "bias": bias, "int8": int8}
-    return lambda x: run(x, codes, scales, n, **options)
 
 
 class Decoder:
@@ -182,11 +180,7 @@ class Decoder:
                 x = layer.after_attention(x)
             x = layer.before_mlp.add(x, residual)
             x = layer.gate_up(x)
-            x = (
-                _ops.ops.silu_and_mul(x)
-                if layer.activation is None
-                else _ops.ops.gelu_and_mul(x, approximate=layer.activation)
-            )
+            x = silu_and_mul(x) if layer.activation is None else gelu_and_mul(x, approximate=layer.activation)
             x = layer.down(x)
             if layer.after_mlp is not None:
                 x = layer.after_mlp(x)
@@ -204,14 +198,14 @@ class Decoder:
         q, k, v = both[:, :, :hq], both[:, :, hq : hq + hk], both[:, :, hq + hk :]
         qn, kn = layer.q_norm, layer.k_norm
         turned = torch.empty(b, s, hq, d, dtype=x.dtype)
-        _ops.ops.qk_norm_rope_out(
+        qk_norm_rope(
             q, k, None if qn is None else qn.weight, None if kn is None else kn.weight, *layer.table,
             eps=0.0 if qn is None else qn.eps, weight_offset=0.0 if qn is None else qn.offset, positions=positions,
-            v=v, slots=slots, q_out=turned, k_cache=layer.k_cache, v_cache=layer.v_cache,
+            v=v, slots=slots, out=(turned, None), k_cache=layer.k_cache, v_cache=layer.v_cache,
         )  # fmt: skip
-        mixed, _ = _ops.ops.attention(
+        mixed = attention(
             turned, layer.k_cache[:, :end], layer.v_cache[:, :end], causal=s > 1, scale=layer.scale,
-            window_left=layer.window,
+            window=(layer.window, -1),
         )  # fmt: skip
         return layer.out(mixed.view(b * s, hq * d))
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, is_grad_enabled
+from torch import Tensor
 from torch.compiler import is_compiling
 
 from fastops import _cuda, _ops
@@ -129,7 +129,7 @@ def run_cpp(
     return pair if return_lse else pair[0]
 
 
-_op, _at_once = _ops.ops.attention.default, _ops.entry("attention")
+_op, _direct = _ops.ops.attention.default, _ops.direct("attention")
 
 
 class Attention(torch.autograd.Function):
@@ -165,11 +165,10 @@ def dense_last(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
-_CPP = Implementation("cpp", run_cpp, common.cpp_why_not, 10, source="docs/design/003-cpu-attention.md")
 operator = Operator(
     "attention",
     [
-        _CPP,
+        Implementation("cpp", run_cpp, common.cpp_why_not, 10, source="docs/design/003-cpu-attention.md"),
         *_cuda.rows(run_cpp, _cuda.why_not_attention),
         Implementation("reference", reference, common.always, 0, source="fastops/ops/_common.py"),
     ],
@@ -226,16 +225,12 @@ def attention(
         >>> fastops.attention(q, k, k, causal=True).shape
         torch.Size([1, 5, 8, 64])
     """
+    if attn_mask is None and not return_lse and type(window) is tuple and len(window) == 2 and not is_compiling():
+        left, right = window
+        y = _direct(q, k, v, scale, left, 0 if causal else right, softcap, sinks, alibi_slopes, out)
+        if y is not None:
+            return y
     plain = sinks is None and alibi_slopes is None and attn_mask is None and out is None and not return_lse
-    if plain and softcap == 0.0 and window == (-1, -1) and not is_compiling():
-        # The common call in as few steps as Python allows (docs/dispatch.md has the ladder). A refusal goes the long
-        # way, which finds the words for it.
-        try:
-            row = operator.hit((q.dtype, q.device, False))
-            if row is _CPP and not (is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
-                return _at_once(q, k, v, causal=causal, scale=scale)[0]
-        except (RuntimeError, AttributeError):
-            pass
     common.require_tensor("attention", "q", q)
     key = (q.dtype, q.device, common.any_grad(attn_mask, alibi_slopes))
     options: dict[str, Any] = {"causal": causal, "scale": scale, "window": window, "softcap": softcap}

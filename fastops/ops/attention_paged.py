@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from fastops import _cuda, _ops
 from fastops.dispatch.record import Call, Implementation
@@ -64,7 +65,7 @@ def validate(
         op, q, scale=scale, window=window, softcap=softcap, sinks=sinks, alibi_slopes=alibi_slopes, batch=b
     )
     common.check_out(op, out, (*q.shape[:2], _kv.head_dim(v_cache, quant.v_bits if quant else 0)), q)
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return
     if cu_seqlens_q is not None:
         common.check_cu(op, "cu_seqlens_q", cu_seqlens_q, q.shape[0], "q")
@@ -164,6 +165,7 @@ def run_cpp(
 
 
 _op = _ops.ops.attention_paged.default
+_direct = _ops.direct("attention_paged")
 
 operator = Operator(
     "attention_paged",
@@ -224,6 +226,15 @@ def attention_paged(
         >>> fastops.attention_paged(torch.randn(2, 4, 64), cache, cache, table, lens).shape
         torch.Size([2, 4, 64])
     """
+    plain = quant is None and not return_lse and type(window) is tuple and len(window) == 2
+    if plain and not is_compiling():
+        left, right = window
+        y = _direct(
+            q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, scale, left, 0 if causal else right, softcap,
+            sinks, alibi_slopes, out,
+        )  # fmt: skip
+        if y is not None:
+            return y
     common.require_tensor("attention_paged", "q", q)
     key = (q.dtype, q.device, common.any_grad(q, k_cache, v_cache, sinks, alibi_slopes))
     return operator(

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from fastops import _cuda, _ops
 from fastops.dispatch.record import Call, Implementation
@@ -97,7 +98,7 @@ def run_cpp(
 
 
 _op, _into = _ops.ops.int4_linear.default, _ops.ops.int4_linear_out.default
-_at_once, _into_at_once = _ops.entry("int4_linear"), _ops.entry("int4_linear_out")
+_direct = _ops.direct("int4_linear")
 
 
 class Int4Linear(torch.autograd.Function):
@@ -153,18 +154,10 @@ def int4_linear(
         >>> fastops.int4_linear(torch.randn(3, 128), weight).shape
         torch.Size([3, 64])
     """
-    if type(weight) is Int4Weight and activations in MODES and common.direct(x, bias):
-        n, k = weight.shape
-        into = out is None or getattr(out, "shape", None) == (x.shape[0], n)  # the kernel takes N from out
-        if x.dim() == 2 and x.shape[1] == k and into:
-            packed, int8 = weight.packed(), activations == "int8"
-            try:
-                if out is None:
-                    return _at_once(x, packed.codes, packed.scales, n, bias=bias, int8=int8, **packed.rest)  # type: ignore[no-any-return]
-                _into_at_once(x, packed.codes, packed.scales, bias=bias, int8=int8, **packed.rest, out=out)
-                return out
-            except RuntimeError:  # refused: the long way prepares the tensors, or says what is wrong
-                pass
+    if type(weight) is Int4Weight and type(x) is Tensor and activations in MODES and not is_compiling():
+        y = _direct(x, *weight.packed().arguments, bias, activations == "int8", out)
+        if y is not None:
+            return y  # type: ignore[no-any-return]
     common.require_tensor(NAME, "x", x)
     if (
         not isinstance(weight, Int4Weight)

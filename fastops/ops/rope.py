@@ -359,9 +359,11 @@ def apply_rope(
         >>> fastops.apply_rope(q, None, torch.zeros(1, 1), torch.ones(1, 1))[0].flatten()
         tensor([0., 1.])
     """
-    results = _NEW if out is None else out
+    results: Any = _NEW if out is None else out
     if type(results) is tuple and len(results) == 2 and not is_compiling():
         q_out, k_out = results
+        if out is not None and k_out is None:
+            k_out = False
         y = _rope_direct(q, k, cos, sin, positions, interleaved, q_out, k_out)
         if y is not None:
             return y
@@ -402,9 +404,11 @@ def qk_norm_rope(
     Raises:
         ValueError, TypeError: as `apply_rope`; a slot outside the cache.
     """
-    results = _NEW if out is None else out
+    results: Any = _NEW if out is None else out
     if type(results) is tuple and len(results) == 2 and not is_compiling():
         q_out, k_out = results
+        if out is not None and k_out is None:
+            k_out = False
         y = _qk_direct(
             q, k, q_weight, k_weight, cos, sin, eps, weight_offset, positions, interleaved, v, slots, k_cache, v_cache,
             q_out, k_out,

@@ -50,6 +50,27 @@ def calls():
         (q, k, w, w, cos, sin, 1e-6, 1.0, None, False, *none),
         lambda: ops.qk_norm_rope(q, k, w, w, cos, sin, eps=1e-6, weight_offset=1.0),
     )
+    weight = fastops.int4.quantize(torch.randn(24, 64, generator=g), group_size=32, symmetric=False)
+    packed, bias = weight.packed(), torch.randn(24, generator=g)
+    yield (
+        "int4_linear",
+        (x.view(2, 3, 64), *packed.arguments, bias, True, None),
+        lambda: ops.int4_linear(x, packed.codes, packed.scales, 24, **packed.rest, bias=bias, int8=True).view(2, 3, 24),
+    )
+    a, b, c = torch.randn(2, 3, 4, 64, generator=g), torch.randn(2, 9, 2, 64, generator=g), torch.randn(2, 9, 2, 32)
+    slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625])
+    yield (
+        "attention",
+        (a, b, c, None, 4, 0, 20.0, slopes, slopes, None),
+        lambda: ops.attention(a, b, c, causal=True, window_left=4, softcap=20.0, sinks=slopes, alibi_slopes=slopes)[0],
+    )
+    cache, table = torch.randn(5, 4, 2, 64, generator=g), torch.tensor([[3, 0], [1, 4]], dtype=torch.int32)
+    lens = torch.tensor([7, 5], dtype=torch.int32)
+    yield (
+        "attention_paged",
+        (a[:, 0], cache, cache, table, lens, None, 0.3, -1, -1, 0.0, None, None, None),
+        lambda: ops.attention_paged(a[:, 0], cache, cache, table, lens, scale=0.3)[0],
+    )
 
 
 @pytest.mark.parametrize(("name", "args", "operator"), [pytest.param(*c, id=c[0]) for c in calls()])
@@ -167,6 +188,43 @@ def test_autograd_notices_what_was_overwritten(x):
     assert out._version == before + 1
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+def test_products_take_rows_without_a_copy_only(x):
+    weight = fastops.int4.quantize(torch.randn(16, 64), group_size=32)
+
+    def product(x, out=None):
+        return C.direct_int4_linear(x, *weight.packed().arguments, None, False, out)
+
+    expected = product(x)
+    assert torch.equal(product(x.view(2, 2, 64)), expected.view(2, 2, 16))
+    assert torch.allclose(product(x[1]), expected[1], atol=1e-4)
+    assert product(torch.empty(2, 0, 64)).shape == (2, 0, 16)
+    every_other = torch.randn(4, 3, 2, 64)[:, :, 0]
+    assert torch.equal(product(every_other), product(every_other.clone()))
+    assert product(torch.randn(2, 3, 64).transpose(0, 1)) is None
+    assert product(x, torch.empty(4, 15)) is None
+    assert product(x[:, :32]) is None
+    assert product(torch.randn(4, 128)) is None  # would pass for two planes
+    wide = torch.zeros(4, 32)
+    assert product(x, wide[:, 8:24]) is not None
+    assert torch.equal(wide[:, 8:24], expected)
+    assert not wide[:, :8].any()
+
+
+def test_rope_makes_only_the_results_that_are_wanted():
+    q, k, angles = torch.randn(2, 1, 16), torch.randn(2, 1, 16), torch.rand(2, 8)
+    caches = torch.zeros(1, 4, 1, 16), torch.zeros(1, 4, 1, 16)
+    slots = torch.tensor([2, 0])
+    out, none = fastops.qk_norm_rope(
+        q, k, None, None, angles, angles, v=k, slots=slots, k_cache=caches[0], v_cache=caches[1],
+        out=(torch.empty_like(q), None),
+    )  # fmt: skip
+    assert none is None
+    turned = fastops.apply_rope(q, k, angles, angles)
+    assert torch.equal(out, turned[0])
+    assert torch.equal(caches[0][0, [2, 0]], turned[1])
+    assert fastops.apply_rope(q, None, angles, angles)[1] is None
 
 
 def test_keeps_no_references(x):
