@@ -98,12 +98,13 @@ bool number(PyObject* object, float* to) {
 bool flatten(fastops_tensor* t) {
   const int k = t->ndim - 1;
   int64_t rows = 1, step = t->size[k];
-  bool one = true;  // so far
+  bool one = true, none = false;  // so far; no row at all
+  for (int i = 0; i < k; ++i) none = none || t->size[i] == 0;
   for (int i = k - 1; i >= 0; --i) {
     if (t->size[i] != 1) {
       if (one)
         step = t->stride[i];
-      else if (t->stride[i] != rows * step)
+      else if (!none && t->stride[i] != rows * step)
         return false;
       one = false;
     }
