@@ -20,7 +20,9 @@ fastops_dtype dtype_of(const DLDataType& t) {
     case kDLBfloat:
       return t.bits == 16 ? FASTOPS_BF16 : FASTOPS_DTYPE_NONE;
     case kDLInt:
-      return t.bits == 32 ? FASTOPS_I32 : t.bits == 64 ? FASTOPS_I64 : FASTOPS_DTYPE_NONE;
+      return t.bits == 32 ? FASTOPS_I32 : t.bits == 64 ? FASTOPS_I64 : t.bits == 8 ? FASTOPS_I8 : FASTOPS_DTYPE_NONE;
+    case kDLFloat8_e4m3fn:
+      return FASTOPS_F8_E4M3;
     case kDLUInt:
       return t.bits == 8 ? FASTOPS_U8 : FASTOPS_DTYPE_NONE;
     default:
@@ -37,14 +39,16 @@ bool exchanged(PyObject* object, DLTensor* t) {
 
 }  // namespace
 
-bool view(PyObject* object, fastops_tensor* to) {
+bool view(PyObject* object, fastops_tensor* to, bool any_order) {
   DLTensor t;
   if (!exchanged(object, &t)) return false;
   const fastops_dtype dtype = dtype_of(t.dtype);
   if (t.device.device_type != kDLCPU || dtype == FASTOPS_DTYPE_NONE || t.ndim < 1 || t.ndim > FASTOPS_MAX_DIMS)
     return false;
   // Also keeps out what torch would have to negate first: the imaginary part of a conjugate has strides of 2 and more.
-  if (t.strides[t.ndim - 1] != 1) return false;
+  bool contiguous = t.strides[t.ndim - 1] == 1;
+  for (int i = 0; any_order && i < t.ndim; ++i) contiguous = contiguous || t.strides[i] == 1;
+  if (!contiguous) return false;
   to->ndim = t.ndim;
   for (int i = 0; i < t.ndim; ++i) {
     to->size[i] = t.shape[i];

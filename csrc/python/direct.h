@@ -7,14 +7,16 @@
 #include <Python.h>
 
 #include <cmath>
+#include <type_traits>
 
 #include "fastops/fastops.h"
 #include "torch/run.h"
 
 namespace fastops::direct {
 
-// A tensor as a view; false (no error set) where it is not a plain dense one on the CPU, or wants a gradient.
-bool view(PyObject* object, fastops_tensor* to);
+// A tensor as a view; false (no error set) where it is not a plain dense one on the CPU, or wants a gradient. Its last
+// dimension, or with any_order one of them, must be contiguous.
+bool view(PyObject* object, fastops_tensor* to, bool any_order = false);
 
 // Whether calls may pass by the dispatcher at this moment.
 bool allowed();
@@ -194,7 +196,7 @@ struct Whole {
   template <class D>
   static bool take(Call&, D& d, PyObject* object) {
     if (!PyLong_CheckExact(object)) return false;
-    d.*Member = PyLong_AsLongLong(object);
+    d.*Member = static_cast<std::decay_t<decltype(d.*Member)>>(PyLong_AsLongLong(object));
     if (PyErr_Occurred() == nullptr) return true;
     PyErr_Clear();
     return false;
@@ -215,9 +217,10 @@ bool nothing(D&) {
   return true;
 }
 
-// The whole of a METH_FASTCALL function: Run is the C API's, Finish a last step on the descriptor, or a refusal.
-template <class D, fastops_status (*Run)(const D*, fastops_env*),
-          fastops_status (*Workspace)(const D*, const fastops_env*, size_t*), bool (*Finish)(D&), class... Fields>
+// The whole of a METH_FASTCALL function: D is or begins with the C API's descriptor B, Run is its function, Finish a
+// last step on the descriptor, or a refusal.
+template <class D, class B, fastops_status (*Run)(const B*, fastops_env*),
+          fastops_status (*Workspace)(const B*, const fastops_env*, size_t*), bool (*Finish)(D&), class... Fields>
 PyObject* operate(PyObject*, PyObject* const* args, Py_ssize_t n) {
   if (n != static_cast<Py_ssize_t>(sizeof...(Fields))) {
     PyErr_Format(PyExc_TypeError, "needs %zd arguments, got %zd", static_cast<Py_ssize_t>(sizeof...(Fields)), n);
@@ -230,7 +233,7 @@ PyObject* operate(PyObject*, PyObject* const* args, Py_ssize_t n) {
   int i = 0;
   if (!(Fields::take(call, d, args[i++]) && ...) || !Finish(d)) Py_RETURN_NONE;
   return call.run(reinterpret_cast<fastops_torch_function>(Run), reinterpret_cast<fastops_torch_workspace>(Workspace),
-                  &d);
+                  static_cast<const B*>(&d));
 }
 
 }  // namespace fastops::direct

@@ -1,5 +1,6 @@
 // The operators that have direct calls: what each argument is.
 #include <cmath>
+#include <utility>
 
 #include "python/direct.h"
 #include "torch/halves.h"
@@ -12,6 +13,7 @@ using Gated = fastops_gated_desc;
 using Rope = fastops_rope_desc;
 using Int4 = fastops_int4_linear_desc;
 using Attention = fastops_attention_desc;
+using ScaleAdd = fastops_scale_add_desc;
 
 bool in_place(Norm& d) {
   d.out = d.x;
@@ -34,11 +36,11 @@ bool halves(Gated& d) {
 }
 
 template <bool (*Finish)(Norm&), class... Fields>
-constexpr auto norm = &operate<Norm, &fastops_norm, &fastops_norm_workspace, Finish, Fields...>;
+constexpr auto norm = &operate<Norm, Norm, &fastops_norm, &fastops_norm_workspace, Finish, Fields...>;
 template <bool (*Finish)(Gated&), class... Fields>
-constexpr auto gated = &operate<Gated, &fastops_gated, nullptr, Finish, Fields...>;
+constexpr auto gated = &operate<Gated, Gated, &fastops_gated, nullptr, Finish, Fields...>;
 template <class... Fields>
-constexpr auto rope = &operate<Rope, &fastops_rope, nullptr, &nothing<Rope>, Fields...>;
+constexpr auto rope = &operate<Rope, Rope, &fastops_rope, nullptr, &nothing<Rope>, Fields...>;
 
 constexpr auto rms_norm = norm<&nothing<Norm>, Input<&Norm::x>, Optional<&Norm::weight>, Number<&Norm::eps>,
                                Number<&Norm::weight_offset>, Result<&Norm::out, 0>>;
@@ -62,7 +64,7 @@ constexpr auto qk_norm_rope =
          OptionalUpdated<&Rope::v_cache>, Result<&Rope::q_out, 0>, Result<&Rope::k_out, 1>>;
 
 constexpr auto int4_linear =
-    &operate<Int4, &fastops_int4_linear, &fastops_int4_linear_workspace, &nothing<Int4>, Rows<&Int4::x>,
+    &operate<Int4, Int4, &fastops_int4_linear, &fastops_int4_linear_workspace, &nothing<Int4>, Rows<&Int4::x>,
              Columns<&Int4::x>, Ignored, Input<&Int4::codes>, Input<&Int4::scales>, Optional<&Int4::zeros>,
              Optional<&Int4::mins>, Optional<&Int4::perm>, Optional<&Int4::column_scales>,
              Optional<&Int4::column_zeros>, Flag<&Int4::eight>, Optional<&Int4::bias>, Flag<&Int4::int8>,
@@ -78,7 +80,7 @@ bool attend(Attention& d) {
 
 template <class... Fields>
 constexpr auto attention_of =
-    &operate<Attention, &fastops_attention_fwd, &fastops_attention_workspace, &attend, Input<&Attention::q>,
+    &operate<Attention, Attention, &fastops_attention_fwd, &fastops_attention_workspace, &attend, Input<&Attention::q>,
              Input<&Attention::k>, Input<&Attention::v>, Fields..., OptionalNumber<&Attention::scale>,
              Whole<&Attention::window_left>, Whole<&Attention::window_right>, Number<&Attention::softcap>,
              Optional<&Attention::sinks>, Optional<&Attention::alibi_slopes>,
@@ -86,6 +88,100 @@ constexpr auto attention_of =
 constexpr auto attention = attention_of<>;
 constexpr auto attention_paged =
     attention_of<Input<&Attention::block_table>, Input<&Attention::seq_lens>, Optional<&Attention::cu_seqlens_q>>;
+
+// With a quantised cache.
+struct Quantised : Attention {
+  fastops_kv_quant quant{};
+};
+
+template <auto Member>
+struct Part {
+  static bool take(Call&, Quantised& d, PyObject* object) {
+    return object == Py_None || view(object, &(d.quant.*Member), true);
+  }
+};
+
+template <auto Member>
+struct Bits {
+  static bool take(Call& call, Quantised& d, PyObject* object) { return Whole<Member>::take(call, d.quant, object); }
+};
+
+struct QuantisedResult {
+  static bool take(Call& call, Quantised& d, PyObject* object) {
+    const int bits = d.quant.v_bits == 4 || d.quant.v_bits == 2 ? d.quant.v_bits : 8;
+    const int64_t head_v = d.v.size[d.v.ndim - 1] * 8 / bits;
+    return call.result(object, [&] { return like_with(call.args[0], d.q, head_v); }) && view(call.results[0], &d.out);
+  }
+};
+
+bool attend_quantised(Quantised& d) {
+  d.struct_size = sizeof(Attention);
+  d.quant.struct_size = sizeof d.quant;
+  d.kv = &d.quant;
+  return d.out.size[d.out.ndim - 1] % 8 == 0 && attend(d);
+}
+
+using Kv = fastops_kv_quant;
+constexpr auto attention_paged_quantised =
+    &operate<Quantised, Attention, &fastops_attention_fwd, &fastops_attention_workspace, &attend_quantised,
+             Input<&Attention::q>, Input<&Attention::k>, Input<&Attention::v>, Input<&Attention::block_table>,
+             Input<&Attention::seq_lens>, Optional<&Attention::cu_seqlens_q>, Part<&Kv::k_scale>, Part<&Kv::k_zero>,
+             Part<&Kv::k_min>, Part<&Kv::v_scale>, Part<&Kv::v_zero>, Part<&Kv::v_min>, Part<&Kv::k_recent>,
+             Part<&Kv::v_recent>, Part<&Kv::packed_lens>, Bits<&Kv::k_bits>, Bits<&Kv::v_bits>,
+             OptionalNumber<&Attention::scale>, Whole<&Attention::window_left>, Whole<&Attention::window_right>,
+             Number<&Attention::softcap>, Optional<&Attention::sinks>, Optional<&Attention::alibi_slopes>,
+             QuantisedResult>;
+
+// torch's own order, [B,H,S,D] for [B,S,H,D].
+bool swap_heads(fastops_tensor* t) {
+  if (t->ndim != 4) return false;
+  std::swap(t->size[1], t->size[2]);
+  std::swap(t->stride[1], t->stride[2]);
+  return true;
+}
+
+template <auto Member>
+struct Heads {
+  static bool take(Call&, Attention& d, PyObject* object) {
+    return view(object, &(d.*Member)) && swap_heads(&(d.*Member));
+  }
+};
+
+struct HeadsResult {
+  static bool take(Call& call, Attention& d, PyObject* object) {
+    fastops_tensor like = d.q;
+    return swap_heads(&like) && call.result(object, [&] { return like_with(call.args[0], like, d.v.size[3]); }) &&
+           Heads<&Attention::out>::take(call, d, call.results[0]);
+  }
+};
+
+struct Causal {
+  static bool take(Call&, Attention& d, PyObject* object) {
+    d.align = FASTOPS_ALIGN_TOP_LEFT;
+    d.window_left = -1;
+    d.window_right = object == Py_True ? 0 : -1;
+    return PyBool_Check(object);
+  }
+};
+
+struct Grouped {
+  static bool take(Call&, Attention& d, PyObject* object) {
+    return object == Py_True || (object == Py_False && d.q.size[2] == d.k.size[2]);
+  }
+};
+
+bool any_head(Attention& d) {
+  if (std::isnan(d.scale)) d.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(d.q.size[3])));
+  return d.q.size[3] > 0;
+}
+
+constexpr auto sdpa = &operate<Attention, Attention, &fastops_attention_fwd, &fastops_attention_workspace, &any_head,
+                               Heads<&Attention::q>, Heads<&Attention::k>, Heads<&Attention::v>, Causal,
+                               OptionalNumber<&Attention::scale>, Grouped, HeadsResult>;
+
+constexpr auto scale_add =
+    &operate<ScaleAdd, ScaleAdd, &fastops_scale_add, nullptr, &nothing<ScaleAdd>, Input<&ScaleAdd::x>,
+             Input<&ScaleAdd::y>, Number<&ScaleAdd::alpha>, Result<&ScaleAdd::out, 0>>;
 
 using Function = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);
 PyMethodDef method(const char* name, Function function) {
@@ -110,6 +206,9 @@ PyMethodDef* methods() {
                               method("direct_int4_linear", int4_linear),
                               method("direct_attention", attention),
                               method("direct_attention_paged", attention_paged),
+                              method("direct_attention_paged_quantised", attention_paged_quantised),
+                              method("direct_scaled_dot_product_attention", sdpa),
+                              method("direct_scale_add", scale_add),
                               {nullptr, nullptr, 0, nullptr}};
   return all;
 }

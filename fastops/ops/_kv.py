@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -21,6 +22,10 @@ def is_quantized(q: Tensor, k_cache: Tensor, v_cache: Tensor, quant: KVQuant | N
 def arguments(quant: KVQuant | None) -> dict[str, Any]:
     """The torch op's arguments."""
     return {} if quant is None else {f.name: getattr(quant, f.name) for f in fields(quant)}
+
+
+# All of a KVQuant, for the direct call.
+values = attrgetter(*(f.name for f in fields(KVQuant)))
 
 
 def head_dim(cache: Tensor, bits: int) -> int:

@@ -165,7 +165,7 @@ def run_cpp(
 
 
 _op = _ops.ops.attention_paged.default
-_direct = _ops.direct("attention_paged")
+_direct, _direct_quantised = _ops.direct("attention_paged"), _ops.direct("attention_paged_quantised")
 
 operator = Operator(
     "attention_paged",
@@ -226,13 +226,17 @@ def attention_paged(
         >>> fastops.attention_paged(torch.randn(2, 4, 64), cache, cache, table, lens).shape
         torch.Size([2, 4, 64])
     """
-    plain = quant is None and not return_lse and type(window) is tuple and len(window) == 2
-    if plain and not is_compiling():
+    if not return_lse and type(window) is tuple and len(window) == 2 and not is_compiling():
         left, right = window
-        y = _direct(
-            q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, scale, left, 0 if causal else right, softcap,
-            sinks, alibi_slopes, out,
-        )  # fmt: skip
+        options = scale, left, 0 if causal else right, softcap, sinks, alibi_slopes, out
+        if quant is None:
+            y = _direct(q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, *options)
+        elif type(quant) is KVQuant:
+            y = _direct_quantised(
+                q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, *_kv.values(quant), *options
+            )  # fmt: skip
+        else:
+            y = None
         if y is not None:
             return y
     common.require_tensor("attention_paged", "q", q)

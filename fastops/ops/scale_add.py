@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from fastops import _ops
 from fastops.dispatch.record import Call, Implementation
@@ -73,6 +74,9 @@ operator = Operator(
 )
 
 
+_direct = _ops.direct(NAME)
+
+
 def scale_add(x: Tensor, y: Tensor, *, alpha: float = 1.0, out: Tensor | None = None) -> Tensor:
     """alpha * x + y, computed in fp32 and rounded once.
 
@@ -97,6 +101,10 @@ def scale_add(x: Tensor, y: Tensor, *, alpha: float = 1.0, out: Tensor | None = 
         >>> fastops.scale_add(torch.ones(3), torch.ones(3), alpha=2.0)
         tensor([3., 3., 3.])
     """
+    if not is_compiling():
+        result = _direct(x, y, alpha, out)
+        if result is not None:
+            return result  # type: ignore[no-any-return]
     common.require_tensor(NAME, "x", x)
     key = (x.dtype, x.device)
     return operator(key, x, y, alpha=alpha, out=out)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from fastops import _ops
 from fastops.dispatch.record import Call, Implementation
@@ -50,8 +51,16 @@ def validate(
         raise ValueError(f"{NAME}: dropout_p is {dropout_p}, must be from 0 to 1")
     if query.dim() >= 3 and key.dim() >= 3:
         hq, hkv = query.shape[-3], key.shape[-3]
-        if enable_gqa and query.dim() >= 4 and (hkv == 0 or hq % hkv):
+        if enable_gqa and (hkv == 0 or hq % hkv):
             raise ValueError(f"{NAME}: query has {hq} heads, key has {hkv}; enable_gqa needs Hq % Hkv == 0")
+        if not enable_gqa and hq != hkv and 1 not in (hq, hkv):
+            raise ValueError(f"{NAME}: query has {hq} heads, key has {hkv}; unequal heads need enable_gqa=True")
+    for a, b in zip(reversed(query.shape[:-3]), reversed(key.shape[:-3]), strict=False):
+        if a != b and 1 not in (a, b):
+            raise ValueError(
+                f"{NAME}: query has shape {list(query.shape)}, key {list(key.shape)}; their first dimensions must "
+                "agree, or be 1"
+            )
     check_mask(NAME, attn_mask, (*query.shape[:-1], key.shape[-2]), query)
 
 
@@ -77,9 +86,10 @@ def run_cpp(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
-    n = query.dim()
-    simple = n == 4 and (query.shape[0] == key.shape[0]) and (enable_gqa or query.shape[1] == key.shape[1])
-    if not simple:  # other ranks and broadcast batches: views of four dimensions where torch allows them
+    four = query.dim() == key.dim() == 4
+    if not (
+        four and query.shape[0] == key.shape[0] and (enable_gqa or query.shape[1] == key.shape[1])
+    ):  # other ranks and broadcast batches: views of four dimensions where torch allows them
         return _by_four(query, key, value, attn_mask, is_causal, scale, enable_gqa)
     if attn_mask is not None and attn_mask.dtype == torch.float64:
         attn_mask = attn_mask.float()
@@ -95,8 +105,11 @@ def run_cpp(
 def _by_four(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None, gqa: bool
 ) -> Tensor:
+    validate(query, key, value, mask, 0.0, is_causal, scale, gqa)
     heads = query.shape[-3] if query.dim() >= 3 else 1
-    kv_heads = key.shape[-3] if gqa and key.dim() >= 3 else heads
+    kv_heads = key.shape[-3] if key.dim() >= 3 else 1
+    if not gqa:
+        heads = kv_heads = kv_heads if heads == 1 else heads
     batch = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3])
 
     def four(t: Tensor, h: int) -> Tensor:
@@ -107,7 +120,8 @@ def _by_four(
         mask = mask.expand(full).reshape(-1, *full[-3:])
     q, k, v = four(query, heads), four(key, kv_heads), four(value, kv_heads)
     out = run_cpp(q, k, v, mask, 0.0, is_causal, scale, gqa)
-    shape = (*query.shape[:-2], *out.shape[-2:]) if query.dim() < 3 else (*batch, heads, *out.shape[-2:])
+    rank = max(query.dim(), key.dim())
+    shape = (*batch, heads, *out.shape[-2:])[-rank:] if rank > 2 else out.shape[-2:]
     return out.reshape(shape)
 
 
@@ -122,6 +136,9 @@ operator = Operator(
     validate,
     describe,
 )
+
+
+_direct = _ops.direct(NAME)
 
 
 def scaled_dot_product_attention(
@@ -152,6 +169,10 @@ def scaled_dot_product_attention(
         >>> fastops.scaled_dot_product_attention(x, x, x, is_causal=True).shape
         torch.Size([2, 4, 10, 64])
     """
+    if attn_mask is None and dropout_p == 0.0 and not is_compiling():
+        y = _direct(query, key, value, is_causal, scale, enable_gqa, None)
+        if y is not None:
+            return y  # type: ignore[no-any-return]
     common.require_tensor(NAME, "query", query)
     common.require_tensor(NAME, "value", value)
     facts = (

@@ -1,5 +1,7 @@
 """scaled_dot_product_attention is torch's function."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -106,3 +108,37 @@ def test_bad_input(call, error, message):
     fastops.scaled_dot_product_attention(Q, Q, Q)
     with pytest.raises(error, match=message):
         call()
+
+
+RANKS = [
+    (5, 8),
+    (2, 5, 8),
+    (4, 5, 8),
+    (1, 4, 5, 8),
+    (3, 4, 5, 8),
+    (3, 1, 5, 8),
+    (2, 2, 5, 8),
+    (2, 3, 4, 5, 8),
+    (2, 1, 1, 5, 8),
+]
+
+
+@pytest.mark.parametrize("gqa", [False, True])
+@pytest.mark.parametrize("mask", [None, (5, 5), (5, 1)])
+def test_every_pair_of_ranks_is_torchs(gqa, mask):
+    """What torch broadcasts is broadcast, what it refuses is refused with a clear error, at the first call and later."""
+    g = torch.Generator().manual_seed(0)
+    m = None if mask is None else torch.randn(mask, generator=g)
+    for a, b in itertools.product(RANKS, RANKS):
+        q, k = torch.randn(a, generator=g), torch.randn(b, generator=g)
+        for _ in range(2):
+            try:
+                expected = F.scaled_dot_product_attention(q, k, k, m, enable_gqa=gqa)
+            except (RuntimeError, IndexError):
+                if min(len(a), len(b)) > 2:  # otherwise a single head, for us
+                    with pytest.raises(ValueError, match="scaled_dot_product_attention"):
+                        fastops.scaled_dot_product_attention(q, k, k, m, enable_gqa=gqa)
+                continue
+            got = fastops.scaled_dot_product_attention(q, k, k, m, enable_gqa=gqa)
+            assert got.shape == expected.shape, (a, b)
+            assert torch.allclose(got, expected, atol=1e-5), (a, b)

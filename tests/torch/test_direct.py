@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import threading
 import weakref
@@ -71,6 +72,33 @@ def calls():
         (a[:, 0], cache, cache, table, lens, None, 0.3, -1, -1, 0.0, None, None, None),
         lambda: ops.attention_paged(a[:, 0], cache, cache, table, lens, scale=0.3)[0],
     )
+    for form in ("kv4", "int8", "fp8", "kivi2"):
+        small = fastops.kv.PagedCache(form, 5, 32, 2, 64, batch=2)
+        small_q = a[:, 0].bfloat16()
+        fastops.kv.append(small, *torch.randn(2, 2, 2, 64), table, torch.zeros(2, dtype=torch.int32))
+        ones, quant = torch.tensor([1, 1], dtype=torch.int32), small.quant
+        named = {f.name: getattr(quant, f.name) for f in dataclasses.fields(quant)}
+        yield (
+            "attention_paged_quantised",
+            (small_q, small.k, small.v, table, ones, None, *named.values(), None, -1, -1, 0.0, None, None, None),
+            lambda small=small, small_q=small_q, ones=ones, named=named: ops.attention_paged(
+                small_q, small.k, small.v, table, ones, **named
+            )[0],
+        )
+    wide = torch.randn(2, 4, 9, 20, generator=g)
+    yield (
+        "scaled_dot_product_attention",
+        (a.transpose(1, 2), b.transpose(1, 2), c.transpose(1, 2), True, None, True, None),
+        lambda: ops.scaled_dot_product_attention(
+            a.transpose(1, 2), b.transpose(1, 2), c.transpose(1, 2), is_causal=True, enable_gqa=True
+        ),
+    )
+    yield (
+        "scaled_dot_product_attention",
+        (wide[:, :, :3], wide, wide, False, 0.2, False, None),
+        lambda: ops.scaled_dot_product_attention(wide[:, :, :3], wide, wide, scale=0.2),
+    )
+    yield "scale_add", (x, y, 2, None), lambda: ops.scale_add(x, y, alpha=2.0)
 
 
 @pytest.mark.parametrize(("name", "args", "operator"), [pytest.param(*c, id=c[0]) for c in calls()])
@@ -210,6 +238,14 @@ def test_products_take_rows_without_a_copy_only(x):
     assert product(x, wide[:, 8:24]) is not None
     assert torch.equal(wide[:, 8:24], expected)
     assert not wide[:, :8].any()
+
+
+def test_sdpa_refuses_unequal_heads_without_gqa():
+    q, k = torch.randn(1, 4, 2, 16), torch.randn(1, 2, 2, 16)
+    assert C.direct_scaled_dot_product_attention(q, k, k, False, None, False, None) is None
+    assert C.direct_scaled_dot_product_attention(q, k, k, False, None, True, None) is not None
+    with pytest.raises(ValueError, match="enable_gqa"):
+        fastops.scaled_dot_product_attention(q, k, k)
 
 
 def test_rope_makes_only_the_results_that_are_wanted():
