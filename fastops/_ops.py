@@ -134,13 +134,6 @@ else:
 ops = torch.ops.fastops
 
 
-def entry(name: str) -> Any:
-    """What calling operator `name` comes down to, without the half microsecond of Python around it. Not for code that
-    torch.compile traces: it knows the operator itself only."""
-    overload = getattr(ops, name).default
-    return getattr(overload, "_op", overload)
-
-
 def direct(name: str) -> Any:
     """Operator `name` of csrc/python/direct.cpp: gives its results, or None where it does not take a call."""
     return getattr(control, f"direct_{name}", None) or (lambda *args: None)
@@ -155,8 +148,9 @@ def begin_direct(forced: Any) -> None:
         getattr(torch._C, name) for name in ("_len_torch_dispatch_stack", "_len_torch_function_stack", "_is_tracing")
     )
     control.direct_begin(
-        torch.Tensor, torch.nn.Parameter, capsule, forced, vars(torch.autograd.profiler), guards,
-        torch._C._increment_version, torch.contiguous_format, torch.empty_like, torch.empty_strided,
+        torch.Tensor, torch.nn.Parameter, capsule, forced, vars(torch.autograd.profiler),
+        vars(torch.autograd.forward_ad), guards, torch._C._increment_version, torch.contiguous_format,
+        torch.empty_like, torch.empty_strided,
     )  # fmt: skip
 
 

@@ -7,9 +7,10 @@ namespace {
 struct {
   PyTypeObject *tensor = nullptr, *parameter = nullptr;
   const DLPackExchangeAPI* exchange = nullptr;
-  PyObject *forced = nullptr, *profiler = nullptr, *guards = nullptr, *step = nullptr, *contiguous = nullptr;
+  PyObject *forced = nullptr, *profiler = nullptr, *forward = nullptr, *guards = nullptr, *step = nullptr,
+           *contiguous = nullptr;
   PyObject *empty_like = nullptr, *empty_strided = nullptr, *format_keyword = nullptr, *dtype_keyword = nullptr;
-  PyObject *requires_grad = nullptr, *profiling = nullptr, *dtype = nullptr;
+  PyObject *requires_grad = nullptr, *profiling = nullptr, *level = nullptr, *dtype = nullptr;
 } g;
 
 fastops_dtype dtype_of(const DLDataType& t) {
@@ -64,6 +65,14 @@ bool view(PyObject* object, fastops_tensor* to, bool any_order) {
   return no;
 }
 
+bool whole(PyObject* object, int64_t* to) {
+  if (!PyLong_CheckExact(object)) return false;
+  *to = PyLong_AsLongLong(object);
+  if (PyErr_Occurred() == nullptr) return true;
+  PyErr_Clear();
+  return false;
+}
+
 bool allowed() {
   if (g.exchange == nullptr || fastops_torch_on_cpu() == 0) return false;
   PyObject* forced = nullptr;
@@ -74,6 +83,9 @@ bool allowed() {
   const bool free = PyDict_Check(forced) && PyDict_GET_SIZE(forced) == 0;
   Py_DECREF(forced);
   if (!free || PyDict_GetItem(g.profiler, g.profiling) != Py_False) return false;
+  int64_t level = 0;  // of forward-mode differentiation, -1 outside
+  PyObject* now = PyDict_GetItem(g.forward, g.level);
+  if (now == nullptr || !whole(now, &level) || level >= 0) return false;
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(g.guards); ++i) {
     PyObject* busy = PyObject_CallNoArgs(PyTuple_GET_ITEM(g.guards, i));
     const int is = busy == nullptr ? -1 : PyObject_IsTrue(busy);
@@ -176,10 +188,11 @@ PyObject* Call::run(fastops_torch_function function, fastops_torch_workspace wor
   return all;
 }
 
-// begin(Tensor, Parameter, exchange, forced, profiler, guards, step, contiguous, empty_like, empty_strided)
+// begin(Tensor, Parameter, exchange, forced, profiler, forward_ad, guards, step, contiguous, empty_like,
+// empty_strided)
 PyObject* begin(PyObject*, PyObject* const* args, Py_ssize_t n) {
-  if (n != 10) {
-    PyErr_SetString(PyExc_TypeError, "direct_begin needs 10 arguments");
+  if (n != 11) {
+    PyErr_SetString(PyExc_TypeError, "direct_begin needs 11 arguments");
     return nullptr;
   }
   const auto* header =
@@ -194,13 +207,15 @@ PyObject* begin(PyObject*, PyObject* const* args, Py_ssize_t n) {
   g.parameter = reinterpret_cast<PyTypeObject*>(args[1]);
   g.forced = args[3];
   g.profiler = args[4];
-  g.guards = args[5];
-  g.step = args[6];
-  g.contiguous = args[7];
-  g.empty_like = args[8];
-  g.empty_strided = args[9];
+  g.forward = args[5];
+  g.guards = args[6];
+  g.step = args[7];
+  g.contiguous = args[8];
+  g.empty_like = args[9];
+  g.empty_strided = args[10];
   g.requires_grad = PyUnicode_InternFromString("requires_grad");
   g.profiling = PyUnicode_InternFromString("_is_profiler_enabled");
+  g.level = PyUnicode_InternFromString("_current_level");
   g.dtype = PyUnicode_InternFromString("dtype");
   g.format_keyword = Py_BuildValue("(s)", "memory_format");
   g.dtype_keyword = Py_BuildValue("(s)", "dtype");

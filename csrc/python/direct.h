@@ -34,8 +34,9 @@ PyObject* like_with(PyObject* object, const fastops_tensor& seen, int64_t last);
 PyMethodDef* methods();
 PyObject* begin(PyObject*, PyObject* const* args, Py_ssize_t n);
 
-// A number, also a whole one; false (no error set) for anything else.
+// A number, also a whole one, and a whole one; false (no error set) for anything else.
 bool number(PyObject* object, float* to);
+bool whole(PyObject* object, int64_t* to);
 
 // Runs what the fields below have filled in; the results (borrowed from the caller or new) as Python returns them.
 struct Call {
@@ -131,7 +132,8 @@ template <auto Member>
 struct Columns {
   template <class D>
   static bool take(Call&, D& d, PyObject* object) {
-    return PyLong_CheckExact(object) && PyLong_AsLongLong(object) == (d.*Member).size[1];
+    int64_t k = 0;
+    return whole(object, &k) && k == (d.*Member).size[1];
   }
 };
 
@@ -159,9 +161,9 @@ template <auto Member, int Of, int N>
 struct RowsResult {
   template <class D>
   static bool take(Call& call, D& d, PyObject* object) {
-    const int64_t n = PyLong_CheckExact(call.args[N]) ? PyLong_AsLongLong(call.args[N]) : -1;
+    int64_t n = 0;
     fastops_tensor rows;
-    if (n < 0 || !view(call.args[Of], &rows)) return false;
+    if (!whole(call.args[N], &n) || n < 0 || !view(call.args[Of], &rows)) return false;
     fastops_tensor& out = d.*Member;
     if (!call.result(object, [&] { return like_with(call.args[Of], rows, n); }) ||
         !view(call.results[call.n_results - 1], &out) || out.ndim != rows.ndim)
@@ -181,13 +183,13 @@ struct Number {
   }
 };
 
-// NaN for None.
+// NaN for None, and only for None.
 template <auto Member>
 struct OptionalNumber {
   template <class D>
   static bool take(Call&, D& d, PyObject* object) {
     d.*Member = NAN;
-    return object == Py_None || number(object, &(d.*Member));
+    return object == Py_None || (number(object, &(d.*Member)) && !std::isnan(d.*Member));
   }
 };
 
@@ -195,11 +197,10 @@ template <auto Member>
 struct Whole {
   template <class D>
   static bool take(Call&, D& d, PyObject* object) {
-    if (!PyLong_CheckExact(object)) return false;
-    d.*Member = static_cast<std::decay_t<decltype(d.*Member)>>(PyLong_AsLongLong(object));
-    if (PyErr_Occurred() == nullptr) return true;
-    PyErr_Clear();
-    return false;
+    int64_t n = 0;
+    if (!whole(object, &n)) return false;
+    d.*Member = static_cast<std::decay_t<decltype(d.*Member)>>(n);
+    return true;
   }
 };
 

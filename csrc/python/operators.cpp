@@ -49,8 +49,15 @@ constexpr auto fused_add_rms_norm = norm<&in_place, Updated<&Norm::x>, Updated<&
 constexpr auto layer_norm = norm<&layer, Input<&Norm::x>, Optional<&Norm::weight>, Optional<&Norm::bias>,
                                  Number<&Norm::eps>, Result<&Norm::out, 0>>;
 
+struct HalfResult {
+  static bool take(Call& call, Gated& d, PyObject* object) {
+    return call.result(object, [&] { return like_with(call.args[0], d.gate, d.gate.size[d.gate.ndim - 1] / 2); }) &&
+           view(call.results[0], &d.out);
+  }
+};
+
 template <fastops_activation Kind>
-constexpr auto and_mul = gated<&halves<Kind>, Input<&Gated::gate>, Result<&Gated::out, 1>>;
+constexpr auto and_mul = gated<&halves<Kind>, Input<&Gated::gate>, HalfResult>;
 template <fastops_activation Kind>
 constexpr auto pair = gated<&whole<Kind>, Input<&Gated::gate>, Input<&Gated::up>, Result<&Gated::out, 0>>;
 

@@ -12,6 +12,7 @@ import torch
 from fastops.dispatch.override import _forced
 from fastops.dispatch.override import forced as traced
 from fastops.dispatch.record import PROVIDERS, Call, Implementation
+from fastops.dispatch.transforms import REASON, transformed
 from fastops.errors import FallbackWarning, NotSupportedError, translate
 
 operators: dict[str, Operator] = {}
@@ -73,15 +74,13 @@ class Operator:
             able.sort(key=lambda r: r.cost(call) if r.cost else float("inf"))
         return able[0]
 
-    def hit(self, key: Any) -> Implementation | None:
-        """The row an equal call took before, or None."""
-        return self._cache.get((key, _forced.get().get(self.name)))
-
     def __call__(self, key: Any, *args: Any, **kwargs: Any) -> Any:
         """Runs the call. `key` holds the static facts; equal keys take the same row."""
         if torch.compiler.is_compiling():  # static facts only, no cache to guard on; the kernel validates
             return self.choose(self.describe(*args, **kwargs), traced().get(self.name)).run(*args, **kwargs)
         forced = _forced.get().get(self.name)
+        if transformed(args, kwargs):
+            return self._composed(forced, args, kwargs)
         full = (key, forced)
         row = self._cache.get(full)
         if row is None:
@@ -103,13 +102,26 @@ class Operator:
         return row
 
     def _fallback(self, call: Call) -> None:
-        reasons = "; ".join(f"{n}: {r}" for n, r in self.reasons(call).items() if n != "reference" and r is not None)
+        self._warn("; ".join(f"{n}: {r}" for n, r in self.reasons(call).items() if n != "reference" and r is not None))
+
+    def _warn(self, reasons: str) -> None:
         if STRICT:
             raise NotSupportedError(f"{self.name}: only the reference can run this call ({reasons})")
         if reasons in self._warned:
             return
         self._warned.add(reasons)
-        warnings.warn(f"{self.name} runs on the plain-torch reference ({reasons})", FallbackWarning, stacklevel=5)
+        warnings.warn(f"{self.name} runs on the plain-torch reference ({reasons})", FallbackWarning, stacklevel=6)
+
+    def _composed(self, forced: str | None, args: Any, kwargs: Any) -> Any:
+        """A call that must be made of torch's operators."""
+        if forced not in (None, "reference"):
+            raise NotSupportedError(f"{self.name}: override {forced!r} cannot run this call: {REASON}.")
+        self.validate(*args, **kwargs)
+        if forced is None:
+            self._warn(REASON)
+        reference = self.row("reference")
+        assert reference is not None
+        return reference.run(*args, **kwargs)
 
     def _refused(self, error: Exception, row: Implementation, forced: str | None, args: Any, kwargs: Any) -> Any:
         """A kernel said no: phrase it, or (where it only lacks the feature) try the reference."""

@@ -301,21 +301,5 @@ def check_linear(op: str, x: Any, shape: torch.Size, device: torch.device, bias:
     check_out(op, out, (*x.shape[:-1], n), x)
 
 
-def direct(*tensors: Tensor | None) -> bool:
-    """Whether a call with these tensors may go straight to the compiled CPU operator, past table and preparations: all
-    are on the CPU and ask for no gradient, nothing is forced or traced. The operator checks all else and refuses what
-    needs preparing (strides, dtypes, dimensions); the caller then goes the long way. Saves 3 to 6 us."""
-    if torch.compiler.is_compiling() or _forced.get() or _ops.missing:
-        return False
-    grad = torch.is_grad_enabled()
-    try:
-        for t in tensors:
-            if t is not None and (not t.is_cpu or (grad and t.requires_grad)):
-                return False
-    except AttributeError:  # no tensor
-        return False
-    return True
-
-
 def any_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

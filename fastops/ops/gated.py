@@ -156,7 +156,6 @@ def _operator(op: str, cpp: Any, plain: Any, validate: Any) -> Operator:
 _silu_and_mul, _gelu_and_mul = _halves_operator("silu_and_mul"), _halves_operator("gelu_and_mul")
 _DIRECT = {name: _ops.direct(name) for name in (
     "silu_and_mul", "gelu_and_mul_tanh", "gelu_and_mul_none", "swiglu", "geglu_tanh", "geglu_none")}  # fmt: skip
-_OP = {op: _ops.entry(op) for op in ("silu_and_mul", "gelu_and_mul")}
 
 
 def _directly(name: str, *args: Tensor | None) -> Tensor | None:
@@ -164,18 +163,6 @@ def _directly(name: str, *args: Tensor | None) -> Tensor | None:
     if is_compiling() or name not in _DIRECT:
         return None
     return _DIRECT[name](*args)  # type: ignore[no-any-return]
-
-
-def _halves_directly(op: str, kind: str, x: Tensor, out: Tensor | None, **options: Any) -> Tensor | None:
-    """The same where a new result is not like x: the compiled operator itself makes it (see `common.direct`)."""
-    if out is not None:
-        return _directly(op + kind, x, out)
-    if not common.direct(x):
-        return None
-    try:
-        return _OP[op](x, **options)  # type: ignore[no-any-return]
-    except RuntimeError:
-        return None
 
 
 def silu_and_mul(x: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -200,7 +187,7 @@ def silu_and_mul(x: Tensor, *, out: Tensor | None = None) -> Tensor:
         >>> fastops.silu_and_mul(torch.tensor([1.0, 2.0]))
         tensor([1.4621])
     """
-    y = _halves_directly("silu_and_mul", "", x, out)
+    y = _directly("silu_and_mul", x, out)
     if y is not None:
         return y
     common.require_tensor("silu_and_mul", "x", x)
@@ -213,7 +200,7 @@ def gelu_and_mul(x: Tensor, *, approximate: str = "tanh", out: Tensor | None = N
     Args:
         approximate: "tanh" (Gemma) or "none" (the error function), as in torch's gelu.
     """
-    y = _halves_directly("gelu_and_mul", f"_{approximate}", x, out, approximate=approximate)
+    y = _directly(f"gelu_and_mul_{approximate}", x, out)
     if y is not None:
         return y
     common.require_tensor("gelu_and_mul", "x", x)
