@@ -72,26 +72,43 @@ extern "C" fastops_status fastops_rope(const fastops_rope_desc* desc, fastops_en
     return RopePlace{};
   };
   const auto run = [&](int64_t item, int) {
-    alignas(64) float cosines[kMaxDim + 16], sines[kMaxDim + 16], weight[kMaxDim];
+    alignas(64) float cosines[kMaxDim + 16], sines[kMaxDim + 16], q_weight[kMaxDim], k_weight[kMaxDim];
+    const auto widened = [&](const fastops_tensor& t, float* to) {
+      if (!given(t)) return static_cast<const float*>(nullptr);
+      variant.table.weight(static_cast<const char*>(t.data), t.dtype, t.size[0], d.weight_offset, to);
+      return static_cast<const float*>(to);
+    };
+    const float *of_q = widened(d.q_weight, q_weight), *of_k = widened(d.k_weight, k_weight);
     const int64_t begin = item * per, end = begin + per < tokens ? begin + per : tokens;
-    // All of q and then all of k, so that memory is read and written in one line each.
-    const auto turn = [&](const fastops_tensor& affine, const auto& place, const RopePlace& behind) {
-      if (given(affine))
-        variant.table.weight(static_cast<const char*>(affine.data), affine.dtype, affine.size[0], d.weight_offset,
-                             weight);
-      for (int64_t t = begin; t < end; ++t) {
+    int64_t ready = -1;                          // whose angles are there
+    const int64_t known = brief ? end : tokens;  // what a thread reads next, mostly
+    const auto turn = [&](int64_t from, int64_t to, const float* weight, const auto& place, const RopePlace(&then)[2]) {
+      for (int64_t t = from; t < to; ++t) {
         const int64_t angle = given(d.positions)
                                   ? index_at(d.positions.dtype, positions.at(row_of(d.positions, 0, d.q, t)))
                                   : row_of(d.cos, 1, d.q, t);
-        variant.table.angles({cos.at(angle), sin.at(angle), d.cos.dtype, d.inverse != 0}, shape, cosines, sines);
-        const RopePlace next = t + 1 < end ? place(t + 1) : behind;
-        const RopePlace after = t + 2 < end ? place(t + 2) : t + 1 < end ? behind : RopePlace{};
-        variant.table.heads({place(t), given(affine) ? weight : nullptr, {next, after}}, shape, cosines, sines);
+        if (angle != ready)
+          variant.table.angles({cos.at(angle), sin.at(angle), d.cos.dtype, d.inverse != 0}, shape, cosines, sines);
+        ready = angle;
+        const int64_t left = to - t - 1;
+        variant.table.heads(
+            {place(t), weight, {left > 0 ? place(t + 1) : then[0], left > 1 ? place(t + 2) : then[left > 0 ? 0 : 1]}},
+            shape, cosines, sines);
       }
     };
-    turn(d.q_weight, place_q, given(d.k) ? place_k(begin) : RopePlace{});
+    // All of q and then all of k, so that memory is read and written in one line each; past the caches token by token.
+    const int64_t step = shape.stream ? 1 : end - begin;
+    for (int64_t t = begin; t < end; t += step) {
+      const int64_t next = t + step;
+      const RopePlace none{}, q_next = next < known ? place_q(next) : none;
+      if (!given(d.k)) {
+        turn(t, next, of_q, place_q, {q_next, none});
+        continue;
+      }
+      turn(t, next, of_q, place_q, {place_k(t), q_next});
+      turn(t, next, of_k, place_k, {q_next, next < known ? place_k(next) : none});
+    }
     if (!given(d.k)) return;
-    turn(d.k_weight, place_k, RopePlace{});
     if (!given(d.slots)) return;
     const auto copy = [&](const fastops_tensor& from, const Rows& rows, const fastops_tensor& cache) {
       for (int64_t t = begin; t < end; ++t)

@@ -109,6 +109,20 @@ FASTOPS_INLINE void rope_halves(const RopeInput<T>& x, T* out, int64_t half, con
   }
 }
 
+// As rope_halves where half is a multiple of 2 W, with results past the caches: these want no haste between the stores
+// (docs/design/005-fused.md).
+template <class T, bool kNorm>
+FASTOPS_INLINE void rope_streamed(const RopeInput<T>& x, T* out, int64_t half, const float* cos, const float* sin) {
+  for (int64_t i = 0; i < half; i += 2 * W) {
+    const vf a = x.template take<kNorm, true>(i, W), b = x.template take<kNorm, true>(half + i, W);
+    const vf c = vload(cos + i), s = vload(sin + i);
+    const vf a2 = x.template take<kNorm, true>(i + W, W), b2 = x.template take<kNorm, true>(half + i + W, W);
+    const vf c2 = vload(cos + i + W), s2 = vload(sin + i + W);
+    vstream(out + i, vsub(vmul(a, c), vmul(b, s)), vsub(vmul(a2, c2), vmul(b2, s2)));
+    vstream(out + half + i, vfma(b, c, vmul(a, s)), vfma(b2, c2, vmul(a2, s2)));
+  }
+}
+
 // Heads ahead that memory is asked for: as far as rope_rstd reads at once, and half as far again. Half way there it is
 // asked for a second time, for a request that finds the queue of misses full is dropped.
 constexpr int64_t kRopeLead = 24;
@@ -148,8 +162,8 @@ struct RopeTurns {
   }
 };
 
-// A whole head, half a multiple of 2 W. kStream: the result goes past the caches.
-template <class T, bool kNorm, bool kStream>
+// A whole head, half a multiple of 2 W.
+template <class T, bool kNorm>
 FASTOPS_INLINE void rope_whole(const T* in, T* out, int64_t half, float rstd, const RopeTurns& by) {
   const vf r = vset(rstd);
   for (int64_t i = 0; i < half; i += 2 * W) {
@@ -161,11 +175,7 @@ FASTOPS_INLINE void rope_whole(const T* in, T* out, int64_t half, float rstd, co
       left[j] = vsub(vmul(a[j], vload(by.a_cos + at)), vmul(b[j], vload(by.b_sin + at)));
       right[j] = vfma(b[j], vload(by.b_cos + at), vmul(a[j], vload(by.a_sin + at)));
     }
-    if constexpr (kStream) {
-      vstream_pair(out + i, left[0], left[1]), vstream_pair(out + half + i, right[0], right[1]);
-    } else {
-      vstore_pair(out + i, left[0], left[1]), vstore_pair(out + half + i, right[0], right[1]);
-    }
+    vstore_pair(out + i, left[0], left[1]), vstore_pair(out + half + i, right[0], right[1]);
   }
 }
 
@@ -194,7 +204,9 @@ void rope_head(const T* in, T* out, const RopeHeads& h, const RopeShape& shape, 
 template <class T, bool kNorm>
 void rope_heads_as(const RopeHeads& h, const RopeShape& shape, const float* cos, const float* sin) {
   const int64_t bytes = shape.d * static_cast<int64_t>(sizeof(T));
-  const bool whole = !shape.interleaved && shape.half % (2 * W) == 0 && 2 * shape.half == shape.d;
+  const bool even = !shape.interleaved && shape.half % (2 * W) == 0 && 2 * shape.half == shape.d;
+  const bool stream = even && shape.stream, whole = even && !stream;
+  const int64_t lead = stream ? h.heads + h.then[0].heads : kRopeLead;
   RopeTurns by;
   if (whole) by.set<T>(kNorm ? h.weight : nullptr, cos, sin, shape.half);
   float rstd[W] = {};
@@ -202,16 +214,17 @@ void rope_heads_as(const RopeHeads& h, const RopeShape& shape, const float* cos,
     if (kNorm && head % W == 0) rope_rstd<T>(h, shape.d, shape.eps, head, rstd);
     const T* in = reinterpret_cast<const T*>(h.in + head * h.in_step);
     T* out = reinterpret_cast<T*>(h.out + head * h.out_step);
-    rope_ask(h, head + kRopeLead, bytes, !shape.stream);
-    rope_ask(h, head + kRopeLead / 2, bytes, !shape.stream);
-    if (!whole)
-      rope_head<T, kNorm>(in, out, h, shape, cos, sin, rstd[head % W]);
-    else if (shape.stream)
-      rope_whole<T, kNorm, true>(in, out, shape.half, rstd[head % W], by);
+    const float r = rstd[head % W];
+    rope_ask(h, head + lead, bytes, !stream);
+    if (!stream) rope_ask(h, head + lead / 2, bytes, true);
+    if (stream)
+      rope_streamed<T, kNorm>(RopeInput<T>{in, h.weight, vset(r)}, out, shape.half, cos, sin);
+    else if (whole)
+      rope_whole<T, kNorm>(in, out, shape.half, r, by);
     else
-      rope_whole<T, kNorm, false>(in, out, shape.half, rstd[head % W], by);
+      rope_head<T, kNorm>(in, out, h, shape, cos, sin, r);
   }
-  if (shape.stream) vstream_done();
+  if (stream) vstream_done();
 }
 
 template <class T>
