@@ -141,16 +141,15 @@ def direct(name: str) -> Any:
 
 def begin_direct(forced: Any) -> None:
     """Lets direct calls begin, which watch what is forced and whatever of torch a call must not pass by."""
+    names = ("_len_torch_dispatch_stack", "_len_torch_function_stack", "_is_tracing", "_increment_version")
+    *guards, step = (getattr(torch._C, name, None) for name in names)
     capsule = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
-    if control is None or capsule is None:
-        return
-    guards = tuple(
-        getattr(torch._C, name) for name in ("_len_torch_dispatch_stack", "_len_torch_function_stack", "_is_tracing")
-    )
+    if control is None or None in (capsule, *guards, step):
+        return  # then no call is direct
     control.direct_begin(
         torch.Tensor, torch.nn.Parameter, capsule, forced, vars(torch.autograd.profiler),
-        vars(torch.autograd.forward_ad), guards, torch._C._increment_version, torch.contiguous_format,
-        torch.empty_like, torch.empty_strided,
+        vars(torch.autograd.forward_ad), tuple(guards), step, torch.contiguous_format, torch.empty_like,
+        torch.empty_strided,
     )  # fmt: skip
 
 

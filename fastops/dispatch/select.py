@@ -102,15 +102,16 @@ class Operator:
         return row
 
     def _fallback(self, call: Call) -> None:
-        self._warn("; ".join(f"{n}: {r}" for n, r in self.reasons(call).items() if n != "reference" and r is not None))
+        reasons = "; ".join(f"{n}: {r}" for n, r in self.reasons(call).items() if n != "reference" and r is not None)
+        self._warn(reasons, 6)
 
-    def _warn(self, reasons: str) -> None:
+    def _warn(self, reasons: str, level: int) -> None:
         if STRICT:
             raise NotSupportedError(f"{self.name}: only the reference can run this call ({reasons})")
         if reasons in self._warned:
             return
         self._warned.add(reasons)
-        warnings.warn(f"{self.name} runs on the plain-torch reference ({reasons})", FallbackWarning, stacklevel=6)
+        warnings.warn(f"{self.name} runs on the plain-torch reference ({reasons})", FallbackWarning, stacklevel=level)
 
     def _composed(self, forced: str | None, args: Any, kwargs: Any) -> Any:
         """A call that must be made of torch's operators."""
@@ -118,7 +119,7 @@ class Operator:
             raise NotSupportedError(f"{self.name}: override {forced!r} cannot run this call: {REASON}.")
         self.validate(*args, **kwargs)
         if forced is None:
-            self._warn(REASON)
+            self._warn(REASON, 5)
         reference = self.row("reference")
         assert reference is not None
         return reference.run(*args, **kwargs)

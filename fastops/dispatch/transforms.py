@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,14 +13,15 @@ REASON = (
     "a transform of torch.func or forward-mode differentiation is active (kernels have reverse-mode gradients only)"
 )
 _TRANSFORMS = tuple(getattr(_functorch.TransformType, name) for name in ("Grad", "Jvp", "Vmap"))
+_stack: Callable[[], Any] = getattr(_functorch, "get_interpreter_stack", lambda: None)  # torch's own, but private
 
 
 def transformed(args: Iterable[Any], kwargs: dict[str, Any]) -> bool:
     """Whether a call is under torch.func's grad, jvp or vmap (and all made of them), or an argument has a tangent."""
-    stack = _functorch.get_interpreter_stack()
+    stack = _stack()
     if stack and any(level.key() in _TRANSFORMS for level in stack):
         return True
-    return forward_ad._current_level >= 0 and any(_has_tangent(a) for a in (*args, *kwargs.values()))
+    return getattr(forward_ad, "_current_level", 0) >= 0 and any(_has_tangent(a) for a in (*args, *kwargs.values()))
 
 
 def _has_tangent(a: Any) -> bool:
