@@ -272,7 +272,15 @@ def _qk_cpp(
 
 
 _rope_direct, _qk_direct = _ops.direct("apply_rope"), _ops.direct("qk_norm_rope")
-_NEW = (None, None)  # results for the direct calls to make
+
+
+def _wanted(out: Any) -> tuple[Any, Any] | None:
+    """(q_out, k_out) as the direct calls take them, None for one to make and False for none; None: out is no pair."""
+    if out is None:
+        return None, None
+    if type(out) is not tuple or len(out) != 2:
+        return None
+    return out[0], False if out[1] is None else out[1]
 
 
 def _describe(q: Tensor, *args: Any, cos: Any = None, **kwargs: Any) -> Call:
@@ -359,11 +367,9 @@ def apply_rope(
         >>> fastops.apply_rope(q, None, torch.zeros(1, 1), torch.ones(1, 1))[0].flatten()
         tensor([0., 1.])
     """
-    results: Any = _NEW if out is None else out
-    if type(results) is tuple and len(results) == 2 and not is_compiling():
+    results = None if is_compiling() else _wanted(out)
+    if results is not None:
         q_out, k_out = results
-        if out is not None and k_out is None:
-            k_out = False
         y = _rope_direct(q, k, cos, sin, positions, interleaved, q_out, k_out)
         if y is not None:
             return y
@@ -404,11 +410,9 @@ def qk_norm_rope(
     Raises:
         ValueError, TypeError: as `apply_rope`; a slot outside the cache.
     """
-    results: Any = _NEW if out is None else out
-    if type(results) is tuple and len(results) == 2 and not is_compiling():
+    results = None if is_compiling() else _wanted(out)
+    if results is not None:
         q_out, k_out = results
-        if out is not None and k_out is None:
-            k_out = False
         y = _qk_direct(
             q, k, q_weight, k_weight, cos, sin, eps, weight_offset, positions, interleaved, v, slots, k_cache, v_cache,
             q_out, k_out,

@@ -87,9 +87,8 @@ def run_cpp(
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
     four = query.dim() == key.dim() == 4
-    if not (
-        four and query.shape[0] == key.shape[0] and (enable_gqa or query.shape[1] == key.shape[1])
-    ):  # other ranks and broadcast batches: views of four dimensions where torch allows them
+    simple = four and query.shape[0] == key.shape[0] and (enable_gqa or query.shape[1] == key.shape[1])
+    if not simple:  # other ranks and broadcast batches: views of four dimensions where torch allows them
         return _by_four(query, key, value, attn_mask, is_causal, scale, enable_gqa)
     if attn_mask is not None and attn_mask.dtype == torch.float64:
         attn_mask = attn_mask.float()
