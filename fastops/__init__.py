@@ -12,6 +12,7 @@ from fastops.ops.attention_paged import attention_paged
 from fastops.ops.attention_varlen import attention_varlen
 from fastops.ops.gated import geglu, gelu_and_mul, silu_and_mul, swiglu
 from fastops.ops.int4_linear import int4_linear
+from fastops.ops.kv_append import kv_append
 from fastops.ops.linear_cross_entropy import linear_cross_entropy
 from fastops.ops.lut_linear import lut_linear
 from fastops.ops.merge_states import merge_states
@@ -39,6 +40,7 @@ __all__ = [
     "int4",
     "int4_linear",
     "kv",
+    "kv_append",
     "layer_norm",
     "linear_cross_entropy",
     "lut",

@@ -74,6 +74,12 @@ SCHEMAS = {
     "attention_paged_out": _PAGED + _INTO,
     "attention_backward": _GRADIENTS + _DENSE + _FOUR,
     "attention_varlen_backward": _GRADIENTS + _VARLEN + _FOUR,
+    "kv_append": (
+        "Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor block_table, Tensor seq_lens, "
+        "Tensor? cu_seqlens=None, *, Tensor(c!)? k_scale=None, Tensor(d!)? k_zero=None, Tensor(e!)? k_min=None, "
+        "Tensor(f!)? v_scale=None, Tensor(g!)? v_zero=None, Tensor(h!)? v_min=None, Tensor(i!)? k_recent=None, "
+        "Tensor(j!)? v_recent=None, Tensor(k!)? packed_lens=None, int k_bits=0, int v_bits=0) -> Tensor"
+    ),
     "merge_states": "Tensor[] outs, Tensor[] lses) -> (Tensor, Tensor)",
     "scaled_dot_product_attention": (
         "Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, float dropout_p=0.0, "

@@ -17,7 +17,6 @@ KV4, KIVI (Liu et al. 2024) section 3.3. KIVI's packed codes lie token by token 
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -156,7 +155,7 @@ def quantize(
     wide = x.float()
     if side.tokens == 0:
         s = torch.as_tensor(1.0 if scale is None else scale, dtype=side.scale_dtype, device=x.device).reshape(1)
-        return (wide / s).clamp(-448, 448).to(side.dtype), s, None
+        return encode(wide, side, s.float()), s, None
     if scale is not None:
         raise ValueError("kv.quantize: scale is given, but this format finds its own")
     t, h, d = x.shape[-3:]
@@ -170,13 +169,12 @@ def quantize(
         s = torch.where(s == 0, torch.ones_like(s), s)  # a constant group: any scale does
         shift = (-low / s if side.shift == "zero" else low).to(side.scale_dtype)
         offset = shift.float() if side.shift == "zero" else -shift.float() / s
-        codes = torch.round(groups / s + offset).clamp(0, 2**side.bits - 1).to(torch.uint8)
     else:
-        top = 127.0 if side.dtype == torch.int8 else 448.0
-        s = (groups.abs().amax((-4, -1), keepdim=True) / top).to(side.scale_dtype).float()
+        s = (groups.abs().amax((-4, -1), keepdim=True) / TOPS[side.dtype]).to(side.scale_dtype).float()
         s = torch.where(s == 0, torch.ones_like(s), s)
-        codes, shift = (groups / s).clamp(-top, top), None
-        codes = (torch.round(codes) if side.dtype == torch.int8 else codes).to(side.dtype)
+        shift, offset = None, None
+    codes = encode(groups, side, s, offset)
+    codes = torch.where(s.isfinite(), codes.view(torch.uint8), 0).view(codes.dtype)  # else the group reads as NaN
     codes = codes.reshape(x.shape)
 
     def shaped(n: Tensor) -> Tensor:
@@ -184,6 +182,20 @@ def quantize(
         return n.squeeze(-1) if side.channels == 0 else n
 
     return pack(codes, side.bits), shaped(s), None if shift is None else shaped(shift)
+
+
+TOPS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # the largest codes of signed formats
+
+
+def encode(x: Tensor, side: Side, scale: Tensor, offset: Tensor | None = None) -> Tensor:
+    """Codes (not yet packed) of fp32 numbers: x / scale + offset, rounded, cut off; a NaN as integer is the least."""
+    y = x / scale
+    if side.dtype == torch.float8_e4m3fn:
+        return y.clamp(-448, 448).to(side.dtype)
+    y = torch.round(y if offset is None else y + offset)
+    top = TOPS.get(side.dtype, 2.0**side.bits - 1)
+    low = -top if side.dtype in TOPS else 0.0
+    return torch.where(y.isnan(), low, y).clamp(low, top).to(side.dtype)
 
 
 def dequantize(
@@ -305,20 +317,6 @@ class PagedCache:
         tensors = [self.k, self.v, *(getattr(self.quant, f.name) for f in fields(self.quant))]
         return sum(t.nbytes for t in tensors if isinstance(t, Tensor))
 
-    def _write(self, rows: dict[str, Tensor], pages: Tensor, slots: Tensor) -> None:
-        """Token i of [T, H, D] rows to (pages[i], slots[i]); for KIVI whole groups of tokens."""
-        for role, x in rows.items():
-            side: Side = getattr(self.format, role)
-            given = getattr(self.quant, f"{role}_scale") if side.tokens == 0 else None
-            codes, scale, shift = quantize(x, side, scale=given)
-            getattr(self, role)[pages, slots] = codes
-            if side.tokens == 0:
-                continue
-            at = (pages[:: side.tokens], slots[:: side.tokens] // side.tokens)
-            getattr(self.quant, f"{role}_scale")[at] = scale
-            if shift is not None:
-                getattr(self.quant, f"{role}_{side.shift}")[at] = shift
-
 
 def append(
     cache: PagedCache, k: Tensor, v: Tensor, block_table: Tensor, seq_lens: Tensor, cu_seqlens: Tensor | None = None
@@ -333,63 +331,11 @@ def append(
 
     Raises:
         ValueError: shapes that do not fit the cache, a page outside it, a table without room. Nothing is written then.
+
+    `fastops.kv_append` is the same for caches that are tensors of your own, plain or quantised.
     """
-    b, t = seq_lens.shape[0], k.shape[0]
-    for name, x, codes, side in (("k", k, cache.k, cache.format.k), ("v", v, cache.v, cache.format.v)):
-        want = [t, codes.shape[2], codes.shape[3] * 8 // side.bits]
-        if list(x.shape) != want:
-            raise ValueError(f"kv.append: {name} has shape {list(x.shape)}, must be {want}")
-    if block_table.dim() != 2 or block_table.shape[0] != b:
-        raise ValueError(f"kv.append: block_table has shape {list(block_table.shape)}, must be [{b}, max_pages]")
-    if cu_seqlens is None:
-        if (b == 0 and t) or (b and t % b):
-            raise ValueError(f"kv.append: k has {t} tokens for {b} sequences; give cu_seqlens")
-        cu = [i * (t // b if b else 0) for i in range(b + 1)]
-    else:
-        cu = cu_seqlens.tolist()
-        if len(cu) != b + 1 or cu[0] != 0 or cu[-1] != t or any(x > y for x, y in itertools.pairwise(cu)):
-            raise ValueError(f"kv.append: cu_seqlens is {cu}, must rise from 0 to {t} in {b + 1} steps")
-    old = seq_lens.tolist()
-    counts = [y - x for x, y in itertools.pairwise(cu)]
-    quant = cache.quant
-    window = quant.packed_lens is not None
-    if window and b > quant.packed_lens.shape[0]:  # type: ignore[union-attr]
-        raise ValueError(f"kv.append: {b} sequences, the cache has {quant.packed_lens.shape[0]} windows")  # type: ignore[union-attr]
-    starts, ends, positions, takes = [], [], [], []
-    for i, (n, more) in enumerate(zip(old, counts, strict=True)):
-        start = int(quant.packed_lens[i]) if window else n  # type: ignore[index]
-        if not (0 <= start <= n) or (window and n - start > cache.recent + GROUP):
-            raise ValueError(f"kv.append: seq_lens[{i}] is {n}, the cache packed {start} tokens")
-        waiting = n + more - start
-        stop = start + (max(0, waiting - cache.recent) // GROUP * GROUP if window else waiting)
-        if -(-stop // cache.page) > block_table.shape[1]:
-            raise ValueError(f"kv.append: sequence {i} grows to {stop} tokens in pages, block_table lacks room")
-        starts.append(start)
-        ends.append(stop)
-        positions.append(torch.arange(start, stop, device=k.device))
-        takes.append(torch.full((stop - start,), i, device=k.device))
-    at, owner = torch.cat(positions or [torch.zeros(0, dtype=torch.long)]), torch.cat(takes or [torch.zeros(0)]).long()
-    pages = block_table[owner, at // cache.page].long()
-    if at.numel() and not 0 <= int(pages.min()) <= int(pages.max()) < cache.k.shape[0]:
-        raise ValueError(f"kv.append: block_table names a page outside 0 to {cache.k.shape[0] - 1}")
-    rows = {"k": k, "v": v}
-    if window:
-        rows = {role: _through_window(quant, role, x, old, cu, starts, ends) for role, x in rows.items()}
-        quant.packed_lens[:b] = torch.tensor(ends, dtype=torch.int32, device=k.device)  # type: ignore[index]
-    cache._write(rows, pages, at % cache.page)
-    return torch.tensor([n + m for n, m in zip(old, counts, strict=True)], dtype=torch.int32, device=seq_lens.device)
+    from fastops.ops.kv_append import kv_append
 
-
-def _through_window(
-    quant: KVQuant, role: str, x: Tensor, old: list[int], cu: list[int], starts: list[int], ends: list[int]
-) -> Tensor:
-    """New tokens enter the windows of recent ones; the rows that leave them, of all sequences in order."""
-    windows: Tensor = getattr(quant, f"{role}_recent")
-    size, leaving = windows.shape[1], [x[:0].to(windows.dtype)]
-    for i, n in enumerate(old):
-        held = windows[i, torch.arange(starts[i], n, device=x.device) % size]
-        all_rows = torch.cat([held, x[cu[i] : cu[i + 1]].to(windows.dtype)])
-        leaving.append(all_rows[: ends[i] - starts[i]])
-        stay = all_rows[ends[i] - starts[i] :]
-        windows[i, torch.arange(ends[i], ends[i] + stay.shape[0], device=x.device) % size] = stay
-    return torch.cat(leaving)
+    if cache.quant.k_recent is not None:
+        k, v = k.to(cache.dtype), v.to(cache.dtype)
+    return kv_append(k, v, cache.k, cache.v, block_table, seq_lens, cu_seqlens, quant=cache.quant)

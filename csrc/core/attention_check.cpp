@@ -24,8 +24,6 @@ constexpr int64_t kUnbounded = int64_t{1} << 40;
     if (try_status != FASTOPS_OK) return try_status; \
   } while (0)
 
-bool given(const Tensor& t) { return t.ndim > 0; }
-
 int64_t count(const Tensor& t) {
   int64_t n = 1;
   for (int i = 0; i < t.ndim; ++i) n *= t.size[i];
@@ -304,7 +302,10 @@ fastops_status check_indices(const fastops_attention_desc& d, AttentionParams* p
                static_cast<long long>(T), static_cast<long long>(p->B));
       p->queries_per_seq = p->B ? T / p->B : 0;
     }
-    if (p->quant) TRY(check_kv_scales(d, p, message));
+    if (p->quant) {
+      Checks ok("attention", message);
+      if (!check_kv_scales({d.q, d.k, d.v, *d.kv}, p, ok)) return ok.status();
+    }
     return on_device ? FASTOPS_OK : check_pages(d, *p, message);
   }
   if (p->ragged) {
@@ -334,7 +335,8 @@ fastops_status check_attention(const fastops_attention_desc& d, AttentionParams*
     REFUSE(d.q.dtype == FASTOPS_F64 ? FASTOPS_ERR_UNSUPPORTED : FASTOPS_ERR_TYPE,
            "attention: q is %s, the kernels take float32, float16 and bfloat16", dtype_name(d.q.dtype));
   if (d.kv != nullptr) {
-    TRY(check_kv_kinds(d, p, message));
+    Checks ok("attention", message);
+    if (!check_kv_kinds({d.q, d.k, d.v, *d.kv}, p, ok)) return ok.status();
   } else {
     TRY(check_dtype("k", d.k, d.q.dtype, message));
     TRY(check_dtype("v", d.v, d.q.dtype, message));

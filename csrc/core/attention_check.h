@@ -1,6 +1,7 @@
 // Validity of attention calls, and their flattening. The one owner of the C API's refusals.
 #pragma once
 #include "core/attention_backward.h"
+#include "core/checks.h"
 #include "fastops/fastops.h"
 
 namespace fastops {
@@ -14,9 +15,14 @@ fastops_status check_attention(const fastops_attention_desc& d, AttentionParams*
 fastops_status check_attention_backward(const fastops_attention_bwd_desc& d, BackwardParams* g, char* message,
                                         bool on_device = false);
 
-// The quantised side of a paged call. kinds(): dtypes and widths, before the layout is known; the rest after it.
-fastops_status check_kv_kinds(const fastops_attention_desc& d, AttentionParams* p, char* message);
-fastops_status check_kv_scales(const fastops_attention_desc& d, AttentionParams* p, char* message);
+// A quantised paged cache, and the tensor whose dtype is the model's.
+struct KvCache {
+  const fastops_tensor &q, &k, &v;
+  const fastops_kv_quant& kv;
+};
+// kinds: dtypes and widths, before the layout is known; scales: the rest, once p has B, Hkv, D and Dv.
+bool check_kv_kinds(const KvCache& c, AttentionParams* p, Checks& ok);
+bool check_kv_scales(const KvCache& c, AttentionParams* p, Checks& ok);
 // Channels that a row of `columns` elements of a cache holds.
 inline int64_t kv_channels(int32_t kind, int64_t columns) {
   return kind == kKvU4 ? columns * 2 : kind == kKvU2 ? columns * 4 : columns;

@@ -97,42 +97,32 @@ bool recent(Checks& ok, const Names& name, const Tensor& t, const Tensor& q, int
 
 }  // namespace
 
-fastops_status check_kv_kinds(const fastops_attention_desc& d, AttentionParams* p, char* message) {
-  Checks ok("attention", message);
+bool check_kv_kinds(const KvCache& c, AttentionParams* p, Checks& ok) {
   p->quant = true;
-  static_cast<void>(ok.struct_size(d.kv->struct_size, sizeof(fastops_kv_quant)) &&
-                    kind_of(ok, "k", d.k, d.kv->k_bits, d.q, &p->kq.kind) &&
-                    kind_of(ok, "v", d.v, d.kv->v_bits, d.q, &p->vq.kind));
-  return ok.status();
+  return ok.struct_size(c.kv.struct_size, sizeof(fastops_kv_quant)) &&
+         kind_of(ok, "k", c.k, c.kv.k_bits, c.q, &p->kq.kind) && kind_of(ok, "v", c.v, c.kv.v_bits, c.q, &p->vq.kind);
 }
 
-fastops_status check_kv_scales(const fastops_attention_desc& d, AttentionParams* p, char* message) {
-  Checks ok("attention", message);
-  const fastops_kv_quant& kv = *d.kv;
-  if (!scales(ok, kNames[0], kv.k_scale, kv.k_zero, kv.k_min, d.k, p->D, &p->kq) ||
-      !scales(ok, kNames[1], kv.v_scale, kv.v_zero, kv.v_min, d.v, p->Dv, &p->vq))
-    return ok.status();
+bool check_kv_scales(const KvCache& c, AttentionParams* p, Checks& ok) {
+  const fastops_kv_quant& kv = c.kv;
+  if (!scales(ok, kNames[0], kv.k_scale, kv.k_zero, kv.k_min, c.k, p->D, &p->kq) ||
+      !scales(ok, kNames[1], kv.v_scale, kv.v_zero, kv.v_min, c.v, p->Dv, &p->vq))
+    return false;
   const int together = given(kv.k_recent) + given(kv.v_recent) + given(kv.packed_lens);
-  if (together == 0) return FASTOPS_OK;
-  if (together != 3) {
-    ok.fail(FASTOPS_ERR_VALUE, "k_recent, v_recent and packed_lens go together");
-    return ok.status();
-  }
+  if (together == 0) return true;
+  if (together != 3) return ok.fail(FASTOPS_ERR_VALUE, "k_recent, v_recent and packed_lens go together");
   const int64_t R = kv.k_recent.ndim == 4 ? kv.k_recent.size[1] : 0;
-  if (!recent(ok, kNames[0], kv.k_recent, d.q, p->B, R, p->Hkv, p->D, &p->kq) ||
-      !recent(ok, kNames[1], kv.v_recent, d.q, p->B, R, p->Hkv, p->Dv, &p->vq))
-    return ok.status();
-  if (kv.packed_lens.dtype != FASTOPS_I32) {
-    ok.fail(FASTOPS_ERR_TYPE, "packed_lens must be int32");
-    return ok.status();
-  }
+  if (!recent(ok, kNames[0], kv.k_recent, c.q, p->B, R, p->Hkv, p->D, &p->kq) ||
+      !recent(ok, kNames[1], kv.v_recent, c.q, p->B, R, p->Hkv, p->Dv, &p->vq))
+    return false;
+  if (kv.packed_lens.dtype != FASTOPS_I32) return ok.fail(FASTOPS_ERR_TYPE, "packed_lens must be int32");
   const int64_t want[1] = {p->B};
   if (!ok.sizes("packed_lens", kv.packed_lens, 1, want) || !ok.well_formed("packed_lens", kv.packed_lens, false))
-    return ok.status();
+    return false;
   p->packed = static_cast<const int32_t*>(kv.packed_lens.data);
   p->packed_stride = kv.packed_lens.stride[0];
   p->recent = R;
-  return FASTOPS_OK;
+  return true;
 }
 
 }  // namespace fastops

@@ -40,7 +40,7 @@ bool whole(PyObject* object, int64_t* to);
 
 // Runs what the fields below have filled in; the results (borrowed from the caller or new) as Python returns them.
 struct Call {
-  static constexpr int kMost = 4;
+  static constexpr int kMost = 12;
   PyObject* const* args;
   PyObject* written[kMost];  // whose version counters step
   int n_written = 0;

@@ -103,14 +103,18 @@ struct Quantised : Attention {
 
 template <auto Member>
 struct Part {
-  static bool take(Call&, Quantised& d, PyObject* object) {
+  template <class D>
+  static bool take(Call&, D& d, PyObject* object) {
     return object == Py_None || view(object, &(d.quant.*Member), true);
   }
 };
 
 template <auto Member>
 struct Bits {
-  static bool take(Call& call, Quantised& d, PyObject* object) { return Whole<Member>::take(call, d.quant, object); }
+  template <class D>
+  static bool take(Call& call, D& d, PyObject* object) {
+    return Whole<Member>::take(call, d.quant, object);
+  }
 };
 
 struct QuantisedResult {
@@ -138,6 +142,37 @@ constexpr auto attention_paged_quantised =
              OptionalNumber<&Attention::scale>, Whole<&Attention::window_left>, Whole<&Attention::window_right>,
              Number<&Attention::softcap>, Optional<&Attention::sinks>, Optional<&Attention::alibi_slopes>,
              QuantisedResult>;
+
+struct Append : fastops_kv_append_desc {
+  fastops_kv_quant quant{};
+};
+
+template <auto Member>
+struct UpdatedPart {
+  static bool take(Call& call, Append& d, PyObject* object) {
+    if (object != Py_None) call.written[call.n_written++] = object;
+    return Part<Member>::take(call, d, object);
+  }
+};
+
+bool append(Append& d) {
+  d.struct_size = sizeof(fastops_kv_append_desc);
+  d.quant.struct_size = sizeof d.quant;
+  const fastops_kv_quant& q = d.quant;
+  const fastops_tensor* const parts[] = {&q.k_scale, &q.v_scale, &q.k_recent, &q.v_recent, &q.packed_lens};
+  bool quantised = d.k_cache.dtype != d.k.dtype || d.v_cache.dtype != d.k.dtype || q.k_bits != 0 || q.v_bits != 0;
+  for (const fastops_tensor* part : parts) quantised = quantised || part->data != nullptr;
+  if (quantised) d.kv = &d.quant;
+  return true;
+}
+
+constexpr auto kv_append =
+    &operate<Append, fastops_kv_append_desc, &fastops_kv_append, nullptr, &append, Input<&Append::k>, Input<&Append::v>,
+             Updated<&Append::k_cache>, Updated<&Append::v_cache>, Input<&Append::block_table>,
+             Input<&Append::seq_lens>, Optional<&Append::cu_seqlens>, UpdatedPart<&Kv::k_scale>,
+             UpdatedPart<&Kv::k_zero>, UpdatedPart<&Kv::k_min>, UpdatedPart<&Kv::v_scale>, UpdatedPart<&Kv::v_zero>,
+             UpdatedPart<&Kv::v_min>, UpdatedPart<&Kv::k_recent>, UpdatedPart<&Kv::v_recent>,
+             UpdatedPart<&Kv::packed_lens>, Bits<&Kv::k_bits>, Bits<&Kv::v_bits>, Result<&Append::new_lens, 5>>;
 
 // torch's own order, [B,H,S,D] for [B,S,H,D].
 bool swap_heads(fastops_tensor* t) {
@@ -214,6 +249,7 @@ PyMethodDef* methods() {
                               method("direct_attention", attention),
                               method("direct_attention_paged", attention_paged),
                               method("direct_attention_paged_quantised", attention_paged_quantised),
+                              method("direct_kv_append", kv_append),
                               method("direct_scaled_dot_product_attention", sdpa),
                               method("direct_scale_add", scale_add),
                               {nullptr, nullptr, 0, nullptr}};

@@ -41,6 +41,12 @@ STABLE_TORCH_LIBRARY(fastops, m) {
   // -> dq, dk, dv, dsinks (empty without sinks)
   m.def("attention_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, " DENSE GRADIENTS);
   m.def("attention_varlen_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, " VARLEN GRADIENTS);
+  // -> the new seq_lens
+  m.def(
+      "kv_append(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor block_table, Tensor seq_lens, "
+      "Tensor? cu_seqlens=None, *, Tensor(c!)? k_scale=None, Tensor(d!)? k_zero=None, Tensor(e!)? k_min=None, "
+      "Tensor(f!)? v_scale=None, Tensor(g!)? v_zero=None, Tensor(h!)? v_min=None, Tensor(i!)? k_recent=None, "
+      "Tensor(j!)? v_recent=None, Tensor(k!)? packed_lens=None, int k_bits=0, int v_bits=0) -> Tensor");
   m.def("merge_states(Tensor[] outs, Tensor[] lses) -> (Tensor, Tensor)");
   m.def(
       "scaled_dot_product_attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, "

@@ -50,7 +50,7 @@ def check(op: str, q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor
         raise ValueError(f"{op}: q has {hq} heads, k_cache has {hkv}; need Hq % Hkv == 0")
     for role, cache in (("k", k_cache), ("v", v_cache)):
         bits = getattr(quant, f"{role}_bits")
-        _check_side(op, role, cache, bits, q, *(getattr(quant, f"{role}_{n}") for n in ("scale", "zero", "min")))
+        check_side(op, role, cache, bits, q, *(getattr(quant, f"{role}_{n}") for n in ("scale", "zero", "min")))
         size = head_dim(cache, bits)
         if size % 8 or not 8 <= size <= common.MAX_HEAD_DIM:
             raise ValueError(f"{op}: {role}_cache has head size {size}, allowed: multiples of 8 from 8 to 256")
@@ -59,15 +59,16 @@ def check(op: str, q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor
     _check_window(op, q, (hkv, q.shape[2], head_dim(v_cache, quant.v_bits)), seq_lens, quant)
 
 
-def _check_side(
+def check_side(
     op: str, role: str, cache: Tensor, bits: int, q: Tensor, scale: Tensor | None, zero: Tensor | None,
-    low: Tensor | None,
+    low: Tensor | None, like: str = "q",
 ) -> None:  # fmt: skip
+    """`q`: the tensor, called `like`, whose dtype and device are the model's."""
     if cache.device != q.device:
-        raise TypeError(f"{op}: {role}_cache is on {cache.device}, q on {q.device}")
+        raise TypeError(f"{op}: {role}_cache is on {cache.device}, {like} on {q.device}")
     if cache.dtype not in (*CODES, q.dtype):
         raise TypeError(
-            f"{op}: {role}_cache is {common.name_of(cache.dtype)}, allowed: q's {common.name_of(q.dtype)}, int8, "
+            f"{op}: {role}_cache is {common.name_of(cache.dtype)}, allowed: {like}'s {common.name_of(q.dtype)}, int8, "
             "float8_e4m3fn, uint8"
         )
     if cache.dtype == torch.uint8 and bits not in (2, 4, 8):
@@ -81,7 +82,7 @@ def _check_side(
             raise ValueError(f"{op}: a uint8 cache needs {role}_scale")
         return
     if cache.dtype not in CODES:
-        raise ValueError(f"{op}: {role}_scale is given, but {role}_cache has q's dtype")
+        raise ValueError(f"{op}: {role}_scale is given, but {role}_cache has {like}'s dtype")
     if zero is not None and low is not None:
         raise ValueError(f"{op}: give {role}_zero or {role}_min, not both")
     for name, t in ((f"{role}_scale", scale), (f"{role}_zero", zero), (f"{role}_min", low)):
@@ -89,7 +90,7 @@ def _check_side(
             continue
         common.require_tensor(op, name, t)
         if t.device != q.device:
-            raise TypeError(f"{op}: {name} is on {t.device}, q on {q.device}")
+            raise TypeError(f"{op}: {name} is on {t.device}, {like} on {q.device}")
         if t.dtype not in (torch.float32, torch.float16, torch.bfloat16) or t.dtype != scale.dtype:
             raise TypeError(
                 f"{op}: {name} is {common.name_of(t.dtype)}, must be float32, float16 or bfloat16, and as {role}_scale"

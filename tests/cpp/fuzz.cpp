@@ -490,7 +490,7 @@ int main(int argc, char** argv) {
     }
   for (g_seed = first; g_seed < first + count; ++g_seed) {
     Random r{std::mt19937_64(g_seed)};
-    const int64_t which = r.below(15);
+    const int64_t which = r.below(16);
     if (which == 0)
       fuzz_merge_states(r);
     else if (which == 1)
@@ -507,6 +507,8 @@ int main(int argc, char** argv) {
       fuzz_rope(r);
     else if (which == 7 || which == 8)
       fuzz_kv(r);
+    else if (which == 10)
+      fuzz_kv_append(r);
     else if (which == 9)
       fuzz_lut_linear(r);
     else

@@ -321,12 +321,12 @@ def test_bad_append():
     cache, table, have = filled("kv4", [20, 40])
     x = torch.randn(2, 2, 64)
     for match, args in {
-        "k has shape": (x[:, :1], x, table, have),
-        "v has shape": (x, x[..., :32], table, have),
-        "block_table has shape": (x, x, table[:1], have),
+        "k_cache has shape": (x[:, :1], x[:, :1], table, have),
+        "v_cache has shape": (x, x[..., :32], table, have),
+        "block_table must have shape": (x, x, table[:1], have),
         "3 tokens for 2": (torch.randn(3, 2, 64), torch.randn(3, 2, 64), table, have),
-        "lacks room": (x, x, table, have + 100),
-        "names a page outside": (x, x, table * 0 + 99, have),
+        "block_table has room": (x, x, table, have + 100),
+        "pages run from 0": (x, x, table * 0 + 99, have),
     }.items():
         before = cache.k.clone()
         with pytest.raises(ValueError, match=match):

@@ -263,6 +263,22 @@ def test_rope_makes_only_the_results_that_are_wanted():
     assert fastops.apply_rope(q, None, angles, angles)[1] is None
 
 
+@pytest.mark.parametrize("form", ["int8", "fp8", "kv4", "kivi2"])
+def test_kv_append_writes_what_the_operator_writes(form):
+    k, v = torch.randn(2, 80, 2, 64).bfloat16()
+    table, lens = torch.tensor([[3, 0, 1]], dtype=torch.int32), torch.tensor([0], dtype=torch.int32)
+    caches = [fastops.kv.PagedCache(form, 5, 32, 2, 64, recent=16) for _ in range(2)]
+    quants = [{f.name: getattr(c.quant, f.name) for f in dataclasses.fields(c.quant)} for c in caches]
+    before = caches[0].k._version
+    got = C.direct_kv_append(k, v, caches[0].k, caches[0].v, table, lens, None, *quants[0].values(), None)
+    assert caches[0].k._version == before + 1
+    assert torch.equal(got, torch.ops.fastops.kv_append(k, v, caches[1].k, caches[1].v, table, lens, **quants[1]))
+    assert caches[0].k.any()
+    pairs = zip(*(q.values() for q in quants), strict=True)
+    for ours, theirs in [(caches[0].k, caches[1].k), (caches[0].v, caches[1].v), *pairs]:
+        assert torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
+
+
 def test_keeps_no_references(x):
     out, weight = torch.empty_like(x), torch.ones(64)
     objects = (x, out, weight, None)

@@ -44,6 +44,11 @@ CASES = {
     "lut_linear_out": (
         O.lut_linear_out.default, (torch.randn(5, 64), CODES.view(24, 2, 16), torch.randn(24, 16), *SPARSE), {"out": torch.empty(5, 24)}
     ),
+    "kv_append": (O.kv_append.default, (T[:2, :2], T[2:4, :2], CACHE.clone(), CACHE.clone(), TABLE, LENS - 2), {}),
+    "kv_append_codes": (
+        O.kv_append.default, (T[:2, :2], T[2:4, :2], CACHE.char(), CACHE.char(), TABLE, LENS - 2),
+        {"k_scale": torch.ones(CACHE.shape[:3]), "v_scale": torch.ones(2)},
+    ),
     "merge_states": (O.merge_states.default, ([X, X], [torch.randn(2, 4, 5)] * 2), {}),
     "rms_norm": (O.rms_norm.default, (X, WEIGHT), {"weight_offset": 1.0}),
     "rms_norm_out": (O.rms_norm_out.default, (X, WEIGHT), {"out": torch.empty_like(X)}),

@@ -352,6 +352,30 @@ typedef struct fastops_rope_desc {
 FASTOPS_API fastops_status fastops_rope_check(const fastops_rope_desc* desc, char* message);
 FASTOPS_API fastops_status fastops_rope(const fastops_rope_desc* desc, fastops_env* env);
 
+/* ---- kv_append: new keys and values go behind those a paged cache has ------------------------------------------- */
+
+/* Row cu_seqlens[b] + i of k and v becomes token seq_lens[b] + i of sequence b. A cache of k's dtype gets the numbers as
+ * they are; a quantised one (kv, as attention_paged reads it) gets codes and, where scales belong to tokens, scales and
+ * zeros or minima: over the smallest and largest number of the group for uint8, the largest magnitude for int8 and e4m3.
+ * Scales of [1] and [Hkv] are taken as they are (none: 1).
+ * With kv.recent, new tokens go to the window, and what then exceeds R - 32 of them leaves it for the pages, its oldest
+ * 32 at a time; packed_lens is updated. Only then may tokens share scales: 2 to 32 of them.
+ * No page may belong to two sequences where it is written. new_lens may be seq_lens. */
+typedef struct fastops_kv_append_desc {
+  uint32_t struct_size;
+  int32_t reserved;
+  fastops_tensor k, v;             /* [T,Hkv,D], [T,Hkv,Dv]; D and Dv 1..256, in quantised caches multiples of 8 */
+  fastops_tensor k_cache, v_cache; /* [P,page,Hkv,D], [P,page,Hkv,Dv], or D * bits / 8 bytes of codes */
+  fastops_tensor block_table;      /* int32 [B, max_pages]: only the pages that are written to are read */
+  fastops_tensor seq_lens;         /* int32 [B], before the call */
+  fastops_tensor cu_seqlens;       /* optional int32 [B+1], rising from 0 to T; without it T / B tokens each */
+  fastops_tensor new_lens;         /* int32 [B], written */
+  const fastops_kv_quant* kv;      /* NULL, or how the caches are quantised */
+} fastops_kv_append_desc;
+
+FASTOPS_API fastops_status fastops_kv_append_check(const fastops_kv_append_desc* desc, char* message);
+FASTOPS_API fastops_status fastops_kv_append(const fastops_kv_append_desc* desc, fastops_env* env);
+
 /* ---- scale_add: the skeleton that a new operator copies (docs/adding-an-op.md) -------------------------------- */
 
 /* out = alpha * x + y, element by element, in fp32 with one rounding at the end. x, y, out: one shape and one dtype of
