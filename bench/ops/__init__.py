@@ -16,7 +16,7 @@ ROOMS = {
     "qk_norm_rope": "rope",
 }
 NAMES = (
-    "attention", "attention_varlen", "attention_paged", "merge_states", "sdpa", "int4_linear", *ROOMS,
+    "attention", "attention_varlen", "attention_paged", "kv_append", "merge_states", "sdpa", "int4_linear", *ROOMS,
     "lut_linear", "linear_cross_entropy", "scale_add",
 )  # fmt: skip
 

@@ -208,10 +208,15 @@ float number_at(const char* base, int32_t dtype, int64_t at) {
 void enter(const Append& a, const Side& side, const KvAppendTable& table, int64_t b, int64_t j) {
   const int64_t page = a.page_of(b, j), slot = j % a.page;
   if (side.kv.kind == kKvPlain) {
-    for (int64_t h = 0; h < a.H; ++h)
+    // Heads that lie next to each other on both sides are one row.
+    const bool dense = side.cache->stride[2] == side.dim && side.rows->stride[1] == side.dim &&
+                       (a.window == 0 || side.recent->stride[2] == side.dim);
+    const int64_t pieces = dense ? 1 : a.H,
+                  bytes = a.H / (pieces > 0 ? pieces : 1) * side.dim * size_of(side.rows->dtype);
+    for (int64_t h = 0; h < pieces; ++h)
       for (int64_t t = 0; t < side.group; ++t)
         std::memcpy(row_of(*side.cache, page, slot + t, h), source_of(a, side, b, j + t, h),
-                    static_cast<size_t>(side.dim * size_of(side.rows->dtype)));
+                    static_cast<size_t>(bytes));
     return;
   }
   AppendGroup g{};
