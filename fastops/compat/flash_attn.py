@@ -10,6 +10,7 @@ results never depend on the number of threads, and the split of the keys is chos
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -218,37 +219,39 @@ def flash_attn_with_kvcache(
             f"{name}: q has batch size {b}, k_cache {k_cache.shape[0]}; they must agree without cache_batch_idx"
         )
     room = page if block_table is None else page * block_table.shape[1]
-    before = cached_lengths(name, cache_seqlens, b, room, q)
+    lens, counts = cached_lengths(name, cache_seqlens, b, room, q)
     new = check_new(name, q, k_cache, v_cache, k, v, cache_seqlens)
-    after = before + new
     rows = indices(name, "cache_batch_idx", cache_batch_idx, b, k_cache.shape[0], q)
     pads = indices(name, "cache_leftpad", cache_leftpad, b, room + 1, q)
-    for i, n in enumerate(after.tolist()):
-        if n > room:
-            raise ValueError(f"{name}: sequence {i} would hold {n} keys, the cache has room for {room}")
-        if pads is not None and pads[i] > n:
-            raise ValueError(f"{name}: cache_leftpad[{i}] is {pads[i]}, but sequence {i} has {n} keys")
+    for i, n in enumerate(counts):
+        if n + new > room:
+            raise ValueError(f"{name}: sequence {i} would hold {n + new} keys, the cache has room for {room}")
+        if pads is not None and pads[i] > n + new:
+            raise ValueError(f"{name}: cache_leftpad[{i}] is {pads[i]}, but sequence {i} has {n + new} keys")
     if block_table is not None:
-        check_table(name, block_table, after, page, k_cache.shape[0])
+        check_table(name, block_table, lens, new, page, k_cache.shape[0])
 
-    steps = torch.arange(sq) if causal or window != (-1, -1) else torch.zeros(sq, dtype=torch.long)
-    q_at, k_at = before[:, None] + steps, before[:, None] + torch.arange(new)
     if rotary_cos is not None or rotary_sin is not None:
-        cos, sin = check_rotary(name, q, rotary_cos, rotary_sin, max_of(q_at, k_at))
+        walks = causal or window != (-1, -1)  # query i stands at key i
+        last = max(counts, default=0) + max(sq if walks else min(sq, 1), new) - 1
+        cos, sin = check_rotary(name, q, rotary_cos, rotary_sin, last)
+        at = lens[:, None] + torch.arange(max(sq, new), device=q.device)
+        q_at = at[:, :sq] if walks else lens[:, None].expand(b, sq)
         q = rotated(q, cos, sin, q_at, rotary_interleaved)
         if k is not None:
-            k = rotated(k, cos, sin, k_at, rotary_interleaved)
-    if k is not None and v is not None:
-        if block_table is None:
-            first, second = (torch.arange(b) if rows is None else rows)[:, None], k_at
-        else:
-            first = block_table.to("cpu", torch.long).gather(1, k_at // page)
-            second = k_at % page
-        k_cache[first, second] = k
-        v_cache[first, second] = v
+            k = rotated(k, cos, sin, at[:, :new], rotary_interleaved)
+    caches = (k_cache, v_cache)
     if block_table is None:
         k_cache, v_cache, block_table = as_pages(k_cache, v_cache, rows, pads, b)
-    keys = (after if pads is None else after - pads).to(device=q.device, dtype=torch.int32)
+    keys = lens if pads is None else lens - pads.to(lens)
+    if k is not None and v is not None:
+        if k_cache is caches[0] or k_cache.data_ptr() == caches[0].data_ptr():
+            keys = fastops.kv_append(k.flatten(0, 1), v.flatten(0, 1), k_cache, v_cache, block_table, keys)
+        else:  # pages are a copy
+            where = (torch.arange(b) if rows is None else rows)[:, None], lens[:, None].long() + torch.arange(new)
+            caches[0][where], caches[1][where] = k, v
+            k_cache, v_cache, block_table = as_pages(*caches, rows, pads, b)
+            keys = keys + new
     out, lse = with_lse(
         fastops.attention_paged, return_softmax_lse, q.reshape(b * sq, *q.shape[2:]), k_cache, v_cache, block_table,
         keys, scale=softmax_scale, causal=causal, window=window, softcap=softcap, alibi_slopes=alibi_slopes,
@@ -296,17 +299,18 @@ def padded(name: str, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> t
     return [F.pad(t, (0, -t.shape[-1] % 8)) for t in (q, k, v)], d**-0.5 if scale is None else scale, dv
 
 
-def cached_lengths(name: str, given: int | Tensor | None, b: int, room: int, q: Tensor) -> Tensor:
-    """Keys in the cache before the call, int64 [B] on the CPU."""
+def cached_lengths(name: str, given: int | Tensor | None, b: int, room: int, q: Tensor) -> tuple[Tensor, list[int]]:
+    """Keys in the cache before the call: int32 [B] on q's device, and on the host."""
     if given is None or isinstance(given, int):
-        lens = torch.full((b,), room if given is None else given, dtype=torch.long)
+        counts = [room if given is None else given] * b
+        lens = torch.full((b,), min(max(counts, default=0), room), dtype=torch.int32, device=q.device)
     else:
         common.require_index(name, "cache_seqlens", given, (b,), q)
-        lens = given.to("cpu", torch.long)
-    for i, n in enumerate(lens.tolist()):
+        lens, counts = given, given.tolist()
+    for i, n in enumerate(counts):
         if not 0 <= n <= room:
             raise ValueError(f"{name}: cache_seqlens[{i}] is {n}, must be from 0 to {room}")
-    return lens
+    return lens, counts
 
 
 def check_new(name: str, q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Any, v: Any, seqlens: Any) -> int:
@@ -339,19 +343,18 @@ def indices(name: str, label: str, t: Any, b: int, end: int, q: Tensor) -> Tenso
     return t.to("cpu", torch.long)
 
 
-def check_table(name: str, table: Tensor, lens: Tensor, page: int, pages: int) -> None:
-    needed = torch.arange(table.shape[1])[None] * page < lens[:, None]
+def check_table(name: str, table: Tensor, lens: Tensor, new: int, page: int, pages: int) -> None:
+    if table.numel():
+        low, high = table.aminmax()
+        if low >= 0 and high < pages:
+            return
+    needed = torch.arange(table.shape[1])[None] * page < lens.to("cpu")[:, None] + new
     host = table.to("cpu")
     for i, j in (needed & ((host < 0) | (host >= pages))).nonzero().tolist():
         raise ValueError(f"{name}: block_table[{i}, {j}] is {host[i, j]}, pages run from 0 to {pages - 1}")
 
 
-def max_of(*positions: Tensor) -> int:
-    return max((int(p.max()) for p in positions if p.numel()), default=-1)
-
-
 def check_rotary(name: str, q: Tensor, cos: Any, sin: Any, last: int) -> tuple[Tensor, Tensor]:
-    """cos and sin in fp32."""
     for label, t in (("rotary_cos", cos), ("rotary_sin", sin)):
         if t is None:
             raise ValueError(f"{name}: rotary_cos and rotary_sin come together, {label} is missing")
@@ -366,18 +369,20 @@ def check_rotary(name: str, q: Tensor, cos: Any, sin: Any, last: int) -> tuple[T
             )
         if last >= t.shape[0]:
             raise ValueError(f"{name}: {label} holds {t.shape[0]} positions, the call needs position {last}")
-    return cos.float(), sin.float()
+    same = cos.dtype == sin.dtype and cos.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    return (cos, sin) if same else (cos.float(), sin.float())
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor, at: Tensor, interleaved: bool) -> Tensor:
     """x [B, S, H, D] with its first 2 cos.shape[1] entries rotated to the positions at [B, S]; fp32 inside."""
-    half = cos.shape[1]
-    c, s = cos[at][:, :, None], sin[at][:, :, None]
-    part = x[..., : 2 * half].float()
-    a, b = (part[..., 0::2], part[..., 1::2]) if interleaved else (part[..., :half], part[..., half:])
-    pair = (a * c - b * s, a * s + b * c)
-    turned = torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
-    return torch.cat((turned.to(x.dtype), x[..., 2 * half :]), -1)
+    return fastops.apply_rope(x, None, cos, sin, positions=at, interleaved=interleaved)[0]
+
+
+@functools.lru_cache(64)
+def page_rows(b: int, jump: int, per_row: int, device: torch.device) -> Tensor:
+    """The block_table of a dense cache, int32 [b, per_row]. Never written to."""
+    table = torch.arange(b)[:, None] * jump + torch.arange(per_row)
+    return table.to(device=device, dtype=torch.int32)
 
 
 def as_pages(k: Tensor, v: Tensor, rows: Tensor | None, pads: Tensor | None, b: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -397,6 +402,8 @@ def as_pages(k: Tensor, v: Tensor, rows: Tensor | None, pads: Tensor | None, b: 
         shape, inner = (pages, size, *t.shape[2:]), t.stride()[1:]
         return t.as_strided(shape, (size * t.stride(1), *inner), t.storage_offset())
 
+    if rows is None and pads is None and torch._C._len_torch_dispatch_stack() == 0:  # fake tensors are not to be kept
+        return view(k), view(v), page_rows(b, jump, per_row, k.device)
     row = torch.arange(b) if rows is None else rows
     table = row[:, None] * jump + torch.arange(per_row)
     if pads is not None:  # pages of one key: drop the padding, whatever follows the sequence is never read

@@ -171,10 +171,12 @@ def dense_cache(kind, rows, size, heads, d):
         return torch.randn(rows, heads, size, d).transpose(1, 2)
     if kind == "slice":  # of a longer allocation: rows do not touch
         return torch.randn(rows, size + 5, heads, d)[:, :size]
+    if kind == "odd":  # rows do not begin where a page could
+        return torch.randn(rows, size * heads * d + 8)[:, 8:].unflatten(1, (size, heads, d))
     return torch.randn(rows, size, 3 * heads, d)[:, :, heads : 2 * heads]  # packed with something else
 
 
-@pytest.mark.parametrize("kind", ["contiguous", "heads-first", "slice", "packed", "paged-1", "paged-8"])
+@pytest.mark.parametrize("kind", ["contiguous", "heads-first", "slice", "packed", "odd", "paged-1", "paged-8"])
 @pytest.mark.parametrize("rotary", [None, "interleaved", "halves"])
 @pytest.mark.parametrize(("sq", "new", "causal", "window"), [
     (1, 1, True, (-1, -1)), (3, 3, True, (-1, -1)), (4, 2, False, (-1, -1)), (2, 2, False, (6, 0)), (1, 0, False, (-1, -1)),
