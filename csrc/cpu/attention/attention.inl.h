@@ -135,9 +135,10 @@ void tile_loop(const AttentionParams& p, const AttentionItem& it, const Sequence
   }
   std::memset(w.st.o, 0, sizeof(float) * static_cast<size_t>(w.VP) * all);
   const auto run_length = [&](int64_t key) { return static_cast<int>(last - key < w.tile ? last - key : w.tile); };
-  if constexpr (!Source::kDecodes)
-    if (first < last) source.rows(first, run_length(first), w.kr + w.tile, w.vr + w.tile);
-  if constexpr (Mode::kReadsCodes || Mode::kInLanes) mode.begin(run_length(first));
+  if (first < last) {
+    if constexpr (!Source::kDecodes) source.rows(first, run_length(first), w.kr + w.tile, w.vr + w.tile);
+    if constexpr (Mode::kReadsCodes || Mode::kInLanes) mode.begin(run_length(first));
+  }
   for (int h = 0; h < w.heads; ++h) {
     if constexpr (Mode::kReadsCodes || Mode::kInLanes) {
       mode.load_q(p, it, seq, h);
