@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import fastops
 from fastops import _ops
 
 GROUP = 32  # KIVI's tokens of a channel, and channels of a token, that share a scale
@@ -334,8 +335,6 @@ def append(
 
     `fastops.kv_append` is the same for caches that are tensors of your own, plain or quantised.
     """
-    from fastops.ops.kv_append import kv_append
-
     if cache.quant.k_recent is not None:
         k, v = k.to(cache.dtype), v.to(cache.dtype)
-    return kv_append(k, v, cache.k, cache.v, block_table, seq_lens, cu_seqlens, quant=cache.quant)
+    return fastops.kv_append(k, v, cache.k, cache.v, block_table, seq_lens, cu_seqlens, quant=cache.quant)

@@ -18,7 +18,7 @@ const char* const kSides[2] = {"k", "v"};
 
 // The keys, or the values, of a call.
 struct Side {
-  const fastops_tensor *rows, *cache, *scale, *zero, *min, *recent;
+  const fastops_tensor *rows, *cache, *scale, *recent;
   KvSide kv{};
   int64_t dim = 0, group = 1;  // channels of a row; tokens that share scales
   bool finds = false;          // scales are found, not given
@@ -28,24 +28,13 @@ struct Append {
   Side sides[2];
   int64_t B = 0, T = 0, H = 0, page = 0, pages = 0, max_pages = 0;
   int64_t window = 0;  // R, or 0
-  bool quant = false;
   const fastops_kv_append_desc& d;
 
   explicit Append(const fastops_kv_append_desc& desc) : d(desc) {
     static const fastops_tensor none{};
     const fastops_kv_quant* kv = desc.kv;
-    sides[0] = {&d.k,
-                &d.k_cache,
-                kv ? &kv->k_scale : &none,
-                kv ? &kv->k_zero : &none,
-                kv ? &kv->k_min : &none,
-                kv ? &kv->k_recent : &none};
-    sides[1] = {&d.v,
-                &d.v_cache,
-                kv ? &kv->v_scale : &none,
-                kv ? &kv->v_zero : &none,
-                kv ? &kv->v_min : &none,
-                kv ? &kv->v_recent : &none};
+    sides[0] = {&d.k, &d.k_cache, kv ? &kv->k_scale : &none, kv ? &kv->k_recent : &none};
+    sides[1] = {&d.v, &d.v_cache, kv ? &kv->v_scale : &none, kv ? &kv->v_recent : &none};
   }
   static int32_t index(const fastops_tensor& t, int64_t i) {
     return static_cast<const int32_t*>(t.data)[i * t.stride[0]];
@@ -83,26 +72,26 @@ bool check_tensors(Append& a, Checks& c) {
   if (a.page < 1 || (a.page & (a.page - 1)) != 0)
     return c.fail(FASTOPS_ERR_VALUE, "page size is %lld, must be a power of two", static_cast<long long>(a.page));
   AttentionParams p{};
-  a.quant = d.kv != nullptr;
-  if (a.quant && !check_kv_kinds({d.k, d.k_cache, d.v_cache, *d.kv}, &p, c)) return false;
+  const bool quant = d.kv != nullptr;
+  if (quant && !check_kv_kinds({d.k, d.k_cache, d.v_cache, *d.kv}, &p, c)) return false;
   const KvSide* kinds[2] = {&p.kq, &p.vq};
   for (int i = 0; i < 2; ++i) {
     Side& side = a.sides[i];
     const fastops_tensor& cache = *side.cache;
     side.dim = last(*side.rows);
-    if (side.dim < 1 || side.dim > kMaxHeadDim || (a.quant && side.dim % 8 != 0))
+    if (side.dim < 1 || side.dim > kMaxHeadDim || (quant && side.dim % 8 != 0))
       return c.fail(FASTOPS_ERR_VALUE, "%s has head size %lld, allowed: 1 to 256, in quantised caches multiples of 8",
                     kSides[i], static_cast<long long>(side.dim));
-    if (!a.quant && cache.dtype != side.rows->dtype)
+    if (!quant && cache.dtype != side.rows->dtype)
       return c.fail(FASTOPS_ERR_TYPE, "%s_cache must have k's dtype, or be quantised (kv)", kSides[i]);
-    const int64_t want[4] = {a.pages, a.page, a.H, a.quant ? side.dim / kv_channels(kinds[i]->kind, 1) : side.dim};
+    const int64_t want[4] = {a.pages, a.page, a.H, quant ? side.dim / kv_channels(kinds[i]->kind, 1) : side.dim};
     if (!c.shape(i ? "v_cache" : "k_cache", cache, 4, want)) return false;
   }
   if (d.seq_lens.dtype != FASTOPS_I32 || d.block_table.dtype != FASTOPS_I32 || d.new_lens.dtype != FASTOPS_I32 ||
       (given(d.cu_seqlens) && d.cu_seqlens.dtype != FASTOPS_I32))
     return c.fail(FASTOPS_ERR_TYPE, "block_table, seq_lens, cu_seqlens and new_lens must be int32");
-  if (d.seq_lens.ndim != 1 || !c.well_formed("seq_lens", d.seq_lens, false))
-    return d.seq_lens.ndim == 1 ? false : c.fail(FASTOPS_ERR_VALUE, "seq_lens must be [B]");
+  if (d.seq_lens.ndim != 1) return c.fail(FASTOPS_ERR_VALUE, "seq_lens must be [B]");
+  if (!c.well_formed("seq_lens", d.seq_lens, false)) return false;
   a.B = d.seq_lens.size[0];
   if (!c.sizes("new_lens", d.new_lens, 1, &a.B) || !c.well_formed("new_lens", d.new_lens, false)) return false;
   a.max_pages = d.block_table.ndim == 2 ? d.block_table.size[1] : 0;
@@ -115,7 +104,7 @@ bool check_tensors(Append& a, Checks& c) {
     return c.fail(FASTOPS_ERR_VALUE, "k has %lld tokens for %lld sequences; give cu_seqlens",
                   static_cast<long long>(a.T), static_cast<long long>(a.B));
   }
-  if (!a.quant) return true;
+  if (!quant) return true;
   p.B = d.kv->packed_lens.ndim == 1 ? d.kv->packed_lens.size[0] : a.B;
   p.Hkv = a.H;
   p.D = static_cast<int32_t>(a.sides[0].dim);
