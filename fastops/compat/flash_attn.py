@@ -240,18 +240,20 @@ def flash_attn_with_kvcache(
         q = rotated(q, cos, sin, q_at, rotary_interleaved)
         if k is not None:
             k = rotated(k, cos, sin, at[:, :new], rotary_interleaved)
-    caches = (k_cache, v_cache)
     if block_table is None:
-        k_cache, v_cache, block_table = as_pages(k_cache, v_cache, rows, pads, b)
+        layout = row_pages(k_cache, v_cache, pads)
+        if layout is None:  # the pages are a copy, and the new keys are in it
+            if k is not None and v is not None:
+                where = (torch.arange(b) if rows is None else rows)[:, None], lens[:, None].long() + torch.arange(new)
+                k_cache[where], v_cache[where] = k, v
+                k, lens = None, lens + new
+            k_cache, v_cache = k_cache.contiguous(), v_cache.contiguous()
+            layout = row_pages(k_cache, v_cache, pads)
+            assert layout is not None, "contiguous rows are pages"
+        k_cache, v_cache, block_table = as_pages(k_cache, v_cache, layout, rows, pads, b)
     keys = lens if pads is None else lens - pads.to(lens)
     if k is not None and v is not None:
-        if k_cache is caches[0] or k_cache.data_ptr() == caches[0].data_ptr():
-            keys = fastops.kv_append(k.flatten(0, 1), v.flatten(0, 1), k_cache, v_cache, block_table, keys)
-        else:  # pages are a copy
-            where = (torch.arange(b) if rows is None else rows)[:, None], lens[:, None].long() + torch.arange(new)
-            caches[0][where], caches[1][where] = k, v
-            k_cache, v_cache, block_table = as_pages(*caches, rows, pads, b)
-            keys = keys + new
+        keys = fastops.kv_append(k.flatten(0, 1), v.flatten(0, 1), k_cache, v_cache, block_table, keys)
     out, lse = with_lse(
         fastops.attention_paged, return_softmax_lse, q.reshape(b * sq, *q.shape[2:]), k_cache, v_cache, block_table,
         keys, scale=softmax_scale, causal=causal, window=window, softcap=softcap, alibi_slopes=alibi_slopes,
@@ -385,17 +387,26 @@ def page_rows(b: int, jump: int, per_row: int, device: torch.device) -> Tensor:
     return table.to(device=device, dtype=torch.int32)
 
 
-def as_pages(k: Tensor, v: Tensor, rows: Tensor | None, pads: Tensor | None, b: int) -> tuple[Tensor, Tensor, Tensor]:
-    """A dense cache [Bc, S, H, D] seen as pages, and the block_table that names them: nothing is copied where one
-    page stride serves all rows, as it does for every cache that is a slice of one allocation."""
+def row_pages(k: Tensor, v: Tensor, pads: Tensor | None) -> tuple[int, int] | None:
+    """Keys of a page, and pages from row to row, by which a dense cache [Bc, S, H, D] can be seen as pages; None where
+    its rows overlap or begin at odd places."""
     size = 1 if pads is not None else (k.shape[1] & -k.shape[1]) or 1
-    while size > 1 and not all(t.stride(0) % (size * t.stride(1)) == 0 for t in (k, v) if t.shape[0] > 1):
+    if k.shape[0] <= 1:
+        return size, 0
+    if any(t.stride(1) == 0 or t.stride(0) % t.stride(1) for t in (k, v)):
+        return None
+    while any(t.stride(0) % (size * t.stride(1)) for t in (k, v)):
         size //= 2
-    jumps = {t.stride(0) // (size * t.stride(1)) for t in (k, v) if t.shape[0] > 1 and t.stride(1)}
-    if len(jumps) > 1 or any(t.stride(1) == 0 or t.stride(0) % t.stride(1) for t in (k, v) if t.shape[0] > 1):
-        k, v = k.contiguous(), v.contiguous()
-        jumps = {k.shape[1] // size}
-    jump, per_row = (jumps.pop() if jumps else 0), k.shape[1] // size
+    jump, other = (t.stride(0) // (size * t.stride(1)) for t in (k, v))
+    return (size, jump) if jump == other else None
+
+
+def as_pages(
+    k: Tensor, v: Tensor, layout: tuple[int, int], rows: Tensor | None, pads: Tensor | None, b: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A dense cache seen as pages (`row_pages` has their layout), and the block_table that names them."""
+    size, jump = layout
+    per_row = k.shape[1] // size
     pages = (k.shape[0] - 1) * jump + per_row if k.numel() else 0
 
     def view(t: Tensor) -> Tensor:
