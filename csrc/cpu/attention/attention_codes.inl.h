@@ -401,16 +401,6 @@ struct Codes : CodeMode<kKind> {
     }
   }
 
-  // out[i] holds lane i of the four, in their order.
-  static FASTOPS_INLINE void turn_lanes(const vf (&x)[4], vf (&out)[4]) {
-    const vf a = _mm512_shuffle_f32x4(x[0], x[1], 0x44), b = _mm512_shuffle_f32x4(x[2], x[3], 0x44);
-    const vf c = _mm512_shuffle_f32x4(x[0], x[1], 0xee), d = _mm512_shuffle_f32x4(x[2], x[3], 0xee);
-    out[0] = _mm512_shuffle_f32x4(a, b, 0x88);
-    out[1] = _mm512_shuffle_f32x4(a, b, 0xdd);
-    out[2] = _mm512_shuffle_f32x4(c, d, 0x88);
-    out[3] = _mm512_shuffle_f32x4(c, d, 0xdd);
-  }
-
   // A row of o, channels in order. A vector holds four bytes of each 128-bit lane, or the even or odd channels of them.
   void finish(float* o) const {
     const vf rest = vset(vsum(vload(o + w.VP - W)));
@@ -426,7 +416,7 @@ struct Codes : CodeMode<kKind> {
           }
         }
         vf lane[4];
-        turn_lanes(x, lane);
+        vturn_lanes(x, lane);
         for (int i = 0; i < 4; ++i) y[kHalves * i + part] = vadd(lane[i], rest);
       }
       for (int i = 0; i < 4 * kHalves; ++i) vstore(o + i * W, y[i]);

@@ -69,7 +69,7 @@ struct RowStream {
   };
   template <int kLines>
   FASTOPS_INLINE Lines take() {
-    if (end - at < 64 * kLines) {
+    if (end - at < 64 * kLines && (at < end || !advance() || end - at < 64 * kLines)) {
       step(kLines);
       return Lines{reinterpret_cast<const char*>(then), reinterpret_cast<const char*>(then)};
     }

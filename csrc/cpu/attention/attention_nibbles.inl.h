@@ -4,6 +4,8 @@
 // into the scores and the probabilities, so that no decoded row exists anywhere (docs/design/006-quantised-kv.md):
 //   q k^T = ks (q (128 + code)) + (min - 128 ks, or -(128 + zero) ks) sum(q)
 //   p v = w (128 + code) - 136 w + p (8 vs + min, or (8 - zero) vs)        w = p vs, rounded
+// For scores the codes of four keys are turned, a quarter of each in a vector, so that four sums are left to add up
+// where a whole row in a vector leaves sixteen.
 #if defined(FASTOPS_HAS_BF16_DOT)
 namespace fastops::cpu::FASTOPS_ISA {
 namespace {
@@ -11,24 +13,28 @@ namespace {
 struct Nibbles : LaneRows<CodeMode<kKvU4>, true> {
   using Rows = LaneRows<CodeMode<kKvU4>, true>;
   static constexpr int kChunk = 128;     // channels of a vector of codes
+  static constexpr int kPiece = 64;      // channels of a key that scores take at a time
+  static constexpr int kStep = 8 * 4;    // channels of a quarter of a vector: eight words
+  static constexpr int kLanes = W / 2;   // of a block
   static constexpr int kPart = 4 * W;    // columns of o that belong to half of one
   static constexpr int kLeastKeys = 32;  // of a tile
-  int block, lead, steps;                // vectors of a row of q
-  float* q_sum;                          // [lanes]
+  int block, lead;
+  int64_t q_step;  // from a block of q to the next
+  float* q_sum;    // [lanes]
   HeadNumbers k_numbers, v_numbers;
   bool found = false;
   vi head_in[kDirectRows];  // the head of each lane, for each vector of rows
 
   Nibbles(Work<Code<kKvU4>>& work, const AttentionParams& params)
       : Rows(work, params, kLeastKeys),
-        steps(chunks(w.D) * 4),
+        q_step(static_cast<int64_t>(w.D + kPiece - 1) / kPiece * kPiece * kLanes / 2),
         k_numbers(params.kq, w.heads, reinterpret_cast<HeadNumbers::Places*>(w.raw)),
         v_numbers(params.vq, w.heads, k_numbers.end()) {
     w.VP = columns = chunks(w.Dv) * kChunk;
     part = kPart;
     rest = m + lanes;
     q_sum = rest + lanes;
-    std::memset(w.q, 0, sizeof(float) * static_cast<size_t>(lanes * steps * W));
+    std::memset(w.q, 0, sizeof(float) * static_cast<size_t>(lanes / kLanes * q_step));
     std::memset(rest, 0, sizeof(float) * static_cast<size_t>(2 * lanes));
     for (int g = 0; g < groups; ++g) {
       int32_t heads[W];
@@ -60,7 +66,7 @@ struct Nibbles : LaneRows<CodeMode<kKvU4>, true> {
   }
   static __mmask32 words(int channels) { return channels >= kChunk ? 0xffffffffu : (1u << channels / 4) - 1u; }
 
-  // Channel 4 i + n of a chunk is nibble n of word i: q in the order word by word for n = 0, then n = 1, ...
+  // q as [blocks][quarters of a vector of codes][nibbles][lanes][words]: channel 4 i + n is nibble n of word i.
   void load_q(const AttentionParams&, const AttentionItem& it, const Sequence& seq, int h) {
     const bf16* base =
         reinterpret_cast<const bf16*>(p.q) + it.b * p.q_sb + seq.q0 * p.q_ss + (it.hkv + h) * p.G * p.q_sh;
@@ -68,18 +74,15 @@ struct Nibbles : LaneRows<CodeMode<kKvU4>, true> {
     for (int r = 0; r < w.rows; ++r) {
       const int64_t at = it.row0 + r, lane = lane_of(h, r);
       const bf16* src = base + at / p.G * p.q_ss + at % p.G * p.q_sh;
-      float* dst = w.q + (lane / W * steps * W + lane % W) * W;  // then a step is W vectors further
+      auto* to = reinterpret_cast<__m128i*>(w.q + lane / kLanes * q_step) + lane % kLanes;
       vf sum = vzero();
-      for (int d = 0; d < chunks(w.D) * kChunk; d += 32) {
+      for (int d = 0; d < w.D; d += kStep) {
         const int left = w.D - d;
-        const __mmask32 m = left >= 32 ? 0xffffffffu : left > 0 ? (1u << left) - 1u : 0u;
-        const __m512i x = _mm512_maskz_loadu_epi16(m, src + (left > 0 ? d : 0));
+        const __m512i x = _mm512_maskz_loadu_epi16(left >= kStep ? 0xffffffffu : (1u << left) - 1u, src + d);
         sum = _mm512_dpbf16_ps(sum, (__m512bh)x, ones);
         FASTOPS_UNROLL
-        for (int n = 0; n < 4; ++n) {
-          auto* to = reinterpret_cast<bf16*>(dst + (d / kChunk * 4 + n) * W * W) + d % kChunk / 4;
-          _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi64_epi16(n ? _mm512_srli_epi64(x, 16 * n) : x));
-        }
+        for (int n = 0; n < 4; ++n, to += kLanes)
+          _mm_storeu_si128(to, _mm512_cvtepi64_epi16(n ? _mm512_srli_epi64(x, 16 * n) : x));
       }
       q_sum[lane] = vsum(sum);
     }
@@ -108,54 +111,81 @@ struct Nibbles : LaneRows<CodeMode<kKvU4>, true> {
     v_numbers.find(p, it, page_table, key, n);
   }
 
-  // [JB keys][block of lanes] = q code, of JB keys and the heads of a block.
-  template <int RB, bool kOneChunk>
-  static FASTOPS_INLINE vf dots(RowStream& stream, const Code<kKvU4>* const* rows, const int64_t* at, int channels,
-                                const float* q) {
-    const int dim = kOneChunk ? kChunk : channels;
-    constexpr int kBlock = block_lanes(RB), JB = W / kBlock, HB = kBlock / RB;
-    constexpr int kTogether = HB < 4 ? HB : 4;  // heads: one by one, a product would wait for the one before
-    static_assert(HB % kTogether == 0, "no head is left over");
-    vf acc[W];
+  // The codes of four keys, turned: their first quarter of a vector side by side, and the second one.
+  template <bool kWhole>
+  static FASTOPS_INLINE void turned(const Code<kKvU4>* const* rows, int64_t at, __mmask8 m, __m512i (&x)[2]) {
+    const auto load = [&](int j) FASTOPS_LAMBDA {
+      const uint8_t* from = reinterpret_cast<const uint8_t*>(rows[j]) + at;
+      return kWhole ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)) : _mm256_maskz_loadu_epi32(m, from);
+    };
+    const __m512i a = _mm512_inserti64x4(_mm512_castsi256_si512(load(0)), load(1), 1);
+    const __m512i b = _mm512_inserti64x4(_mm512_castsi256_si512(load(2)), load(3), 1);
+    x[0] = _mm512_shuffle_i32x4(a, b, 0x88);
+    x[1] = _mm512_shuffle_i32x4(a, b, 0xdd);
+  }
+
+  // Keys of a block of scores, in groups of four: as many sums as there are registers for.
+  static constexpr int groups_of_keys(int rows) { return rows <= 4 ? 4 : 2; }
+
+  // acc[groups of keys][RB rows from lane `first`] = q code of one head, four sums in each 128-bit lane.
+  template <int RB, bool kWhole, int kGroups>
+  static FASTOPS_INLINE void dots(RowStream& stream, const Code<kKvU4>* const* rows, int64_t at, int dim,
+                                  const float* q, int first, vf (&sums)[kGroups][kLanes]) {
+    constexpr int kLines = 2 * kGroups;
+    vf acc[kGroups][RB];
     FASTOPS_UNROLL
-    for (int i = 0; i < W; ++i) acc[i] = vzero();
-    for (int c = 0; c < dim; c += kChunk, q += 4 * W * W) {
-      RowStream::Lines lines;
-      if (kOneChunk) {
-        lines = stream.take<JB * HB>();
-      } else {
-        stream.step(dim - c > kChunk / 2 ? JB * HB : (JB * HB + 1) / 2);
-      }
-      const __mmask32 mask = words(dim - c);
+    for (int i = 0; i < kGroups * RB; ++i) acc[i / RB][i % RB] = vzero();
+    const auto* from = reinterpret_cast<const __m128i*>(q) + first;
+    for (int c = 0; c < dim; c += kPiece, from += 8 * kLanes) {
+      const auto m = static_cast<__mmask8>(kWhole || dim - c >= kPiece ? 0xff : (1u << (dim - c) / 8) - 1u);
+      const RowStream::Lines lines = stream.take<kLines>();
+      __m512i x[kGroups][2];
       FASTOPS_UNROLL
-      for (int h0 = 0; h0 < HB; h0 += kTogether) {
-        __m512i x[kTogether][JB];
+      for (int g = 0; g < kGroups; ++g) turned<kWhole>(rows + 4 * g, at + c / 2, m, x[g]);
+      FASTOPS_UNROLL
+      for (int step = 0; step < 8; ++step) {
+        __m512bh v[kGroups];
         FASTOPS_UNROLL
-        for (int h = 0; h < kTogether; ++h) {
-          FASTOPS_UNROLL
-          for (int j = 0; j < JB; ++j)
-            x[h][j] = _mm512_maskz_loadu_epi16(mask, reinterpret_cast<const uint8_t*>(rows[j]) + at[h0 + h] + c / 2);
-        }
+        for (int g = 0; g < kGroups; ++g) v[g] = codes(x[g][step / 4], step % 4);
+        lines.ask<kLines>(step, 8);
         FASTOPS_UNROLL
-        for (int k = 0; k < 4 * kTogether; ++k) {
-          const int n = k / kTogether, h = k % kTogether;
-          __m512bh v[JB];
+        for (int r = 0; r < RB; ++r) {
+          const __m512bh y = (__m512bh)_mm512_broadcast_i32x4(_mm_loadu_si128(from + step * kLanes + r));
           FASTOPS_UNROLL
-          for (int j = 0; j < JB; ++j) v[j] = codes(x[h][j], n);
-          if (kOneChunk) lines.ask<JB * HB>(h0 * 4 + k, 4 * HB);
-          FASTOPS_UNROLL
-          for (int i = (h0 + h) * RB; i < (h0 + h + 1) * RB; ++i) {
-            const __m512bh y = (__m512bh)_mm512_loadu_si512(q + (n * W + i) * W);
-            FASTOPS_UNROLL
-            for (int j = 0; j < JB; ++j) acc[j * kBlock + i] = _mm512_dpbf16_ps(acc[j * kBlock + i], y, v[j]);
-          }
+          for (int g = 0; g < kGroups; ++g) acc[g][r] = _mm512_dpbf16_ps(acc[g][r], y, v[g]);
         }
       }
     }
-    return vreduce(acc);
+    FASTOPS_UNROLL
+    for (int i = 0; i < kGroups * RB; ++i) sums[i / RB][first + i % RB] = acc[i / RB][i % RB];
+  }
+  // A block of lanes: [four keys][four lanes] for each group of keys and half of the lanes.
+  template <int RB, bool kWhole, int kGroups>
+  static FASTOPS_INLINE void block_dots(RowStream& stream, const Code<kKvU4>* const* rows, const int64_t* at, int dim,
+                                        const float* q, vf (&out)[kGroups][2]) {
+    constexpr int HB = kLanes / RB;
+    vf sums[kGroups][kLanes];
+    FASTOPS_UNROLL
+    for (int i = 0; i < kGroups * (kLanes - HB * RB); ++i) sums[i % kGroups][HB * RB + i / kGroups] = vzero();
+    FASTOPS_UNROLL
+    for (int h = 0; h < HB; ++h) {
+      dots<RB, kWhole, kGroups>(stream, rows, at[h], dim, q, h * RB, sums);
+      const int known = h + 1 == HB ? kLanes : (h + 1) * RB;
+      FASTOPS_UNROLL
+      for (int i = h * RB / 4; i < known / 4; ++i) {
+        FASTOPS_UNROLL
+        for (int g = 0; g < kGroups; ++g) out[g][i] = sums_of_four(sums[g] + 4 * i);
+      }
+    }
+  }
+  // Within each 128-bit lane: the sums of four vectors.
+  static FASTOPS_INLINE vf sums_of_four(const vf* x) {
+    const vf a = vadd(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));
+    const vf b = vadd(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3]));
+    return vadd(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
   }
 
-  // Scores as [keys][lanes].
+  // Products of q and codes as [keys][lanes].
   void scores(int, int, int n) {
     using Of = void (Nibbles::*)(int);
     static constexpr Of kOf[] = {&Nibbles::scores_of<1>, &Nibbles::scores_of<2>, &Nibbles::scores_of<3>,
@@ -165,82 +195,112 @@ struct Nibbles : LaneRows<CodeMode<kKvU4>, true> {
   }
   template <int RB>
   void scores_of(int n) {
-    if (w.D == kChunk) return scores_in<RB, true>(n);
+    if (w.D % kPiece == 0) return scores_in<RB, true>(n);
     scores_in<RB, false>(n);
   }
-  template <int RB, bool kOneChunk>
+  template <int RB, bool kWhole>
   void scores_in(int n) {
-    constexpr int kBlock = block_lanes(RB), JB = W / kBlock, HB = kBlock / RB;
+    constexpr int HB = kLanes / RB, kGroups = groups_of_keys(RB), kKeys = 4 * kGroups;
     const int now = lead < n ? lead : n, dim = w.D, vectors = groups, heads = w.heads;
     RowStream stream(w.kr + now, n - now, k_bytes, w.vr, now, v_bytes, now, n);
     const Code<kKvU4>* const* rows = w.kr;
-    const int64_t q_step = static_cast<int64_t>(steps) * W * W, pitch = lanes;
-    const int layout = k_numbers.layout();
-    const vf middle = vset(-128.0f);
+    const int64_t pitch = lanes, step = q_step;
     float* s = w.s;
-    for (int j = 0; j < n; j += JB, s += JB * pitch) {  // the key behind an odd last one is that one again
-      const HeadNumbers::Pair k = k_numbers.at(layout, j, middle);
-      const HeadNumbers::Pair then = JB == 1 ? k : k_numbers.at(layout, j + 1 < n ? j + 1 : j, middle);
+    for (int j = 0; j < n; j += kKeys, s += kKeys * pitch) {  // the keys behind the last one are that one again
       const float* q = w.q;
       const int64_t* at = k_at;
-      for (int g = 0; g < vectors; ++g, at += JB * HB, q += q_step) {
-        const vf a = dots<RB, kOneChunk>(stream, rows + j, at, dim, q);
-        if constexpr (JB == 1) {
-          put(s, g, a, k);
-        } else {
-          const bool more = g * group + HB < heads;
-          const vf b = more ? dots<RB, kOneChunk>(stream, rows + j, at + HB, dim, q + kBlock * W) : a;
-          put(s, g, vjoin_low(a, b), k);
-          put(s + pitch, g, vjoin_high(a, b), then);
+      for (int g = 0; g < vectors; ++g, at += 2 * HB, q += 2 * step) {
+        vf half[2][kGroups][2];
+        block_dots<RB, kWhole, kGroups>(stream, rows + j, at, dim, q, half[0]);
+        const bool more = g * group + HB < heads;
+        if (more) block_dots<RB, kWhole, kGroups>(stream, rows + j, at + HB, dim, q + step, half[1]);
+        FASTOPS_UNROLL
+        for (int i = 0; i < kGroups; ++i) {
+          const auto& b = half[more];
+          const vf x[4] = {half[0][i][0], half[0][i][1], b[i][0], b[i][1]};
+          vf y[4];
+          vturn_lanes(x, y);
+          FASTOPS_UNROLL
+          for (int k = 0; k < 4; ++k) vstore(s + (4 * i + k) * pitch + g * W, y[k]);
         }
       }
     }
   }
 
-  // The products of a key with vector g of the rows, scaled.
-  FASTOPS_INLINE void put(float* s, int g, vf products, const HeadNumbers::Pair& k) const {
-    const vf shift = vmul(vtable_at(k.shift, head_in[g]), vload(q_sum + g * W));
-    vstore(s + g * W, vfma(products, vtable_at(k.scale, head_in[g]), shift));
-  }
-
-  // Scores into probabilities times the scales of the values. Unseen keys get a weight of exactly 0, whatever their
-  // numbers.
+  // Products into scores, and these into probabilities times the scales of the values. Unseen keys get a weight of
+  // exactly 0, whatever their numbers.
   void softmax(const AttentionParams&, int64_t key, int n, bool masked) {
-    const int layout = v_numbers.layout();
-    if (masked || layout == 0) return softmax_of<0>(key, n, masked);
-    if (layout == 1) return softmax_of<1>(key, n, false);
-    if (layout == 2) return softmax_of<2>(key, n, false);
-    softmax_of<3>(key, n, false);
+    const int layout = k_numbers.layout() == v_numbers.layout() ? v_numbers.layout() : 0;
+    if (masked || layout == 0) return softmax_of<0, 0>(key, n, masked);
+    if (layout == 1) return softmax_in<1>(key, n);
+    if (layout == 2) return softmax_in<2>(key, n);
+    softmax_in<3>(key, n);
   }
   template <int kLayout>
+  void softmax_in(int64_t key, int n) {
+    if (groups == 1) return softmax_of<kLayout, 1>(key, n, false);
+    if (groups == 2) return softmax_of<kLayout, 2>(key, n, false);
+    if (groups == 4) return softmax_of<kLayout, 4>(key, n, false);
+    softmax_of<kLayout, 0>(key, n, false);
+  }
+  // kVectors: how many there are, or 0 for any number.
+  template <int kLayout, int kVectors>
   void softmax_of(int64_t key, int n, bool masked) {
+    constexpr int kMost = kVectors ? kVectors : kDirectRows;
     const float c = p.scale * kLog2e;
-    const vf cv = vset(c), middle = vset(8.0f), out = vset(-136.0f);
     const int64_t pitch = lanes;
-    const int vectors = groups;
-    vf mc[kDirectRows], sum[kDirectRows], more[kDirectRows];
+    const int vectors = kVectors ? kVectors : groups;
+    vf mc[kMost], sum[kMost], more[kMost], top[kMost];
+    vi head[kMost];
     for (int g = 0; g < vectors; ++g) {
-      if (kLayout == 0 && masked) mask(w.s + g * W, key, n);
-      mc[g] = offset(g, largest(w.s + g * W, n), c);
+      top[g] = vset(kNegInf);
+      head[g] = head_in[g];
+    }
+    {
+      const HeadNumbers numbers = k_numbers;
+      const int layout = kLayout ? kLayout : numbers.layout();
+      const vf middle = vset(-128.0f);
+      const float* sums = q_sum;
+      float* s = w.s;
+      for (int j = 0; j < n; ++j, s += pitch) {
+        const HeadNumbers::Pair x = numbers.at(layout, j, middle);
+        for (int g = 0; g < vectors; ++g) {
+          const vf shift = vmul(vtable_at(x.shift, head[g]), vload(sums + g * W));
+          const vf score = vfma(vload(s + g * W), vtable_at(x.scale, head[g]), shift);
+          vstore(s + g * W, score);
+          top[g] = vmax(top[g], score);
+        }
+      }
+    }
+    for (int g = 0; g < vectors; ++g) {
+      if (kLayout == 0 && masked) {
+        mask(w.s + g * W, key, n);
+        top[g] = this->largest(w.s + g * W, n);
+      }
+      mc[g] = offset(g, top[g], c);
       sum[g] = more[g] = vzero();
     }
+    const HeadNumbers numbers = v_numbers;
+    const int layout = kLayout ? kLayout : numbers.layout();
+    const vf cv = vset(c), middle = vset(8.0f);
+    const __m512bh out = (__m512bh)_mm512_set1_epi16(static_cast<int16_t>(0xc308));  // -136
     float* to = w.p16;
-    for (int j = 0; j < n; j += 2, to += pitch) {
+    const float* s = w.s;
+    for (int j = 0; j < n; j += 2, to += pitch, s += 2 * pitch) {
       const bool both = j + 1 < n;
-      const HeadNumbers::Pair a = v_numbers.at<kLayout>(j, middle), b = v_numbers.at<kLayout>(j + both, middle);
-      const float *s = w.s + j * pitch, *then = s + (both ? pitch : 0);
+      const HeadNumbers::Pair a = numbers.at(layout, j, middle), b = numbers.at(layout, j + both, middle);
+      const float* then = s + (both ? pitch : 0);
       for (int g = 0; g < vectors; ++g) {
         const vf x = vexp2<4>(vfma(vload(s + g * W), cv, mc[g]));
         const vf y = both ? vexp2<4>(vfma(vload(then + g * W), cv, mc[g])) : vzero();
         sum[g] = vadd(sum[g], vadd(x, y));
-        const vf xs = weighted<kLayout == 0>(x, vtable_at(a.scale, head_in[g]));
-        const vf ys = weighted<kLayout == 0>(y, vtable_at(b.scale, head_in[g]));
-        const vf shifts = vadd(weighted<kLayout == 0>(x, vtable_at(a.shift, head_in[g])),
-                               weighted<kLayout == 0>(y, vtable_at(b.shift, head_in[g])));
+        const vf xs = weighted<kLayout == 0>(x, vtable_at(a.scale, head[g]));
+        const vf ys = weighted<kLayout == 0>(y, vtable_at(b.scale, head[g]));
+        const vf shifts = vadd(weighted<kLayout == 0>(x, vtable_at(a.shift, head[g])),
+                               weighted<kLayout == 0>(y, vtable_at(b.shift, head[g])));
         const vi pair = paired(xs, ys);
         vistore(to + g * W, pair);
-        const vf rounded = vadd(vi_as_bits(vishl<16>(pair)), vi_as_bits(vimask<0xffff0000u>(pair)));
-        more[g] = vfma(out, rounded, vadd(more[g], shifts));
+        more[g] = _mm512_dpbf16_ps(vadd(more[g], shifts), (__m512bh)pair, out);
       }
     }
     for (int g = 0; g < vectors; ++g) {

@@ -142,9 +142,16 @@ struct HeadNumbers {
       const int64_t shift = page * q.shift_s[0] + it.hkv * q.shift_s[2];
       const int64_t slot = t & p.page_mask, left = p.page_mask + 1 - slot;
       const int run = left < n - j ? static_cast<int>(left) : n - j;
-      const auto of = [&](int64_t base, int64_t step, int i) { return base + ((slot + i) >> q.group_shift) * step; };
-      for (int i = 0; i < run; ++i)
-        next[j + i] = {of(scale, q.scale_s[1], i), q.shift ? of(shift, q.shift_s[1], i) : 0};
+      const int64_t step = q.scale_s[1], shift_step = q.shift ? q.shift_s[1] : 0;
+      if (q.group_shift == 0) {
+        Places at{scale + slot * step, q.shift ? shift + slot * shift_step : 0};
+        for (int i = 0; i < run; ++i, at = {at.scale + step, at.shift + shift_step}) next[j + i] = at;
+      } else {
+        for (int i = 0; i < run; ++i) {
+          const int64_t group = (slot + i) >> q.group_shift;
+          next[j + i] = {scale + group * step, q.shift ? shift + group * shift_step : 0};
+        }
+      }
       ask(q.scale, next[j].scale, next[j + run - 1].scale, size);
       if (q.shift) ask(q.shift, next[j].shift, next[j + run - 1].shift, size);
       j += run;

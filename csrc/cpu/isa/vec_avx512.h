@@ -170,6 +170,15 @@ FASTOPS_INLINE void vtranspose(vf r[W]) {
 // The lower, and the upper, halves of both.
 FASTOPS_INLINE vf vjoin_low(vf a, vf b) { return _mm512_shuffle_f32x4(a, b, 0x44); }
 FASTOPS_INLINE vf vjoin_high(vf a, vf b) { return _mm512_shuffle_f32x4(a, b, 0xee); }
+// Four vectors of four 128-bit lanes: out[i] holds lane i of each, in their order.
+FASTOPS_INLINE void vturn_lanes(const vf (&x)[4], vf (&out)[4]) {
+  const vf a = _mm512_shuffle_f32x4(x[0], x[1], 0x44), b = _mm512_shuffle_f32x4(x[2], x[3], 0x44);
+  const vf c = _mm512_shuffle_f32x4(x[0], x[1], 0xee), d = _mm512_shuffle_f32x4(x[2], x[3], 0xee);
+  out[0] = _mm512_shuffle_f32x4(a, b, 0x88);
+  out[1] = _mm512_shuffle_f32x4(a, b, 0xdd);
+  out[2] = _mm512_shuffle_f32x4(c, d, 0x88);
+  out[3] = _mm512_shuffle_f32x4(c, d, 0xdd);
+}
 // Lane i of the result is the sum of a[i]: a transposition that adds at every step, 30 shuffles instead of 64.
 FASTOPS_INLINE vf vreduce(const vf a[W]) {
   vf b[8], c[4], d[2];
