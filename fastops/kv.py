@@ -291,8 +291,8 @@ class PagedCache:
             shape: tuple[int, ...] = (pages, page // side.tokens, heads)
             if side.channels:
                 shape = (*shape, d // side.channels)
-            # 8-bit kernels read 16 tokens of a head at once, the one of 4 bits all heads of a token
-            turned = len(shape) == 3 and side.bits == 8
+            # integer kernels of 8 bits read 16 tokens of a head at once, those of 4 bits and e4m3 all heads of a token
+            turned = len(shape) == 3 and side.bits == 8 and side.dtype != torch.float8_e4m3fn
             stored = (pages, heads, page) if turned else shape
             for name, value in (("scale", 1.0), (side.shift, 0.0)):
                 if name:

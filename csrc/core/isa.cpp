@@ -26,6 +26,7 @@ const char* const kBestFirst[kCount + 1] = {"amx", "avx512_bf16", "avx512", "avx
 #if defined(__x86_64__)
 struct Features {
   bool has[kCount] = {true, false, false, false, false, false};
+  bool permutes_bytes = false;
 };
 
 uint64_t read_xcr0() {
@@ -54,6 +55,7 @@ Features detect() {
   const bool os_ymm = (xcr0 & 0x6) == 0x6, os_zmm = (xcr0 & 0xe6) == 0xe6, os_tiles = (xcr0 & 0x60000) == 0x60000;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return f;
   const uint32_t leaf7_max = a;
+  f.permutes_bytes = c & (1u << 1);                        // VBMI
   const bool avx2 = b & (1u << 5), vnni = c & (1u << 11);  // every processor with BF16 products has VNNI
   const uint32_t avx512 = (1u << 16) | (1u << 17) | (1u << 30) | (1u << 31);  // F, DQ, BW, VL
   const bool amx = (d & (1u << 24)) && (d & (1u << 22));                      // tiles, bf16
@@ -65,6 +67,11 @@ Features detect() {
   f.has[4] = f.has[3];
   f.has[5] = f.has[3] && amx && os_tiles && request_tiles();
   return f;
+}
+
+const Features& features() {
+  static const Features found = detect();
+  return found;
 }
 #endif
 
@@ -122,10 +129,17 @@ bool isa_compiled(Isa isa) {
 
 bool isa_supported(Isa isa) {
 #if defined(__x86_64__)
-  static const Features features = detect();
-  return features.has[static_cast<int>(isa)];
+  return features().has[static_cast<int>(isa)];
 #else
   return isa == Isa::scalar;
+#endif
+}
+
+bool isa_permutes_bytes() {
+#if defined(__x86_64__)
+  return features().permutes_bytes;
+#else
+  return false;
 #endif
 }
 

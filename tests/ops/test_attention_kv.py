@@ -74,7 +74,7 @@ def test_matches_what_the_codes_stand_for(isa, name, dtype, lens, queries):
         assert_matches(lse, want_lse, near_lse, factor=4, what=f"{name} lse {options}")
 
 
-@pytest.mark.parametrize("name", ["int8", "kv4", "kivi2"])
+@pytest.mark.parametrize("name", ["int8", "kv4", "fp8", "fp8_token", "kivi2"])
 @pytest.mark.parametrize(
     ("d", "dv", "hkv", "group"), [(8, 8, 1, 1), (72, 40, 3, 5), (256, 256, 16, 1), (128, 64, 8, 4)]
 )
@@ -90,7 +90,7 @@ def test_head_sizes(isa, name, d, dv, hkv, group):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["int8", "kv8", "kv4"])
+@pytest.mark.parametrize("name", ["int8", "kv8", "kv4", "fp8", "fp8_token"])
 @pytest.mark.parametrize(
     ("hkv", "group", "d", "dv"), [(1, 7, 64, 128), (3, 3, 40, 72), (9, 2, 128, 256), (17, 1, 256, 64), (2, 4, 136, 8)]
 )
@@ -113,21 +113,24 @@ def test_products_of_codes(isa, name, dtype, hkv, group, d, dv):
     ("hkv", "group", "d", "dv"),
     [(8, 4, 128, 128), (16, 1, 64, 192), (9, 1, 128, 256), (6, 2, 128, 128), (5, 8, 256, 24), (4, 3, 16, 40)],
 )
-def test_kv4_whatever_lies_beside_what(isa, turned, scales, hkv, group, d, dv):
+@pytest.mark.parametrize("format", ["kv4", "fp8_token"])
+def test_whatever_lies_beside_what(isa, turned, scales, hkv, group, d, dv, format):
     """Scales of every type, heads or tokens side by side; the dtype of one side's may differ."""
-    cache, table, have = filled("kv4", [333, 64], page=16, hkv=hkv, d=d, dv=dv, dtype=torch.bfloat16)
+    cache, table, have = filled(format, [333, 64], page=16, hkv=hkv, d=d, dv=dv, dtype=torch.bfloat16)
     numbers = {}
     for name in ("k_scale", "k_zero", "v_scale", "v_zero"):
+        if getattr(cache.quant, name) is None:
+            continue
         t = getattr(cache.quant, name).to(scales if name[0] == "k" or scales == torch.float16 else torch.bfloat16)
         numbers[name] = t.transpose(1, 2).contiguous().transpose(1, 2) if turned else t.contiguous()
     cache.quant = dataclasses.replace(cache.quant, **numbers)
     q = torch.randn(2, hkv * group, d).bfloat16()
     out = fastops.attention_paged(q, cache.k, cache.v, table, have, quant=cache.quant, window=(300, -1), causal=True)
     want, near = (f(q, cache, table, have, None, window=(300, -1), causal=True)[0] for f in (exact, same))
-    assert_matches(out, want, near, factor=2, what="kv4")
+    assert_matches(out, want, near, factor=2, what=format)
 
 
-@pytest.mark.parametrize("name", ["int8", "kv4"])
+@pytest.mark.parametrize("name", ["int8", "kv4", "fp8_token"])
 def test_numbers_that_are_none_stay_in_their_rows(isa, name):
     """A NaN or infinity of q, of a key's scale and of a value's: those rows are NaN, all others as before."""
     for dtype in (torch.bfloat16, torch.float16):
@@ -216,12 +219,37 @@ def test_scales_of_every_shape(isa, q_dtype):
     assert torch.isfinite(out).all()
 
 
-def test_e4m3_is_read_exactly(isa):
-    """All 256 codes, the NaN among them, as values of one key each."""
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_e4m3_is_read_exactly(isa, dtype):
+    """All 256 codes, the NaN among them, as values of one key each; and as keys, met by a q of one 1."""
     codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).view(1, 1, 32, 8)
     table, lens = torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
-    out = fastops.attention_paged(torch.zeros(1, 32, 8), torch.zeros_like(codes), codes, table, lens)
-    assert torch.equal(out.view(-1).nan_to_num(1e9), codes.float().view(-1).nan_to_num(1e9))
+    out = fastops.attention_paged(torch.zeros(1, 32, 8, dtype=dtype), torch.zeros_like(codes), codes, table, lens)
+    assert torch.equal(out.float().view(-1).nan_to_num(1e9), codes.float().view(-1).nan_to_num(1e9))
+    codes.view(torch.uint8)[codes.isnan()] = 0  # a key's NaN is seen by all channels
+    for d in range(8):
+        q = torch.zeros(1, 32, 8, dtype=dtype)
+        q[..., d] = 1.0
+        lse = fastops.attention_paged(q, codes, codes, table, lens, scale=1.0, return_lse=True)[1]
+        torch.testing.assert_close(lse.view(-1), codes[0, 0, :, d].float(), rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("name", ["fp8", "fp8_token"])
+def test_a_nan_behind_the_mask_stays_there(isa, name):
+    cache, table, have = filled(name, [70], hkv=2, d=64, dtype=torch.bfloat16)
+    q = torch.randn(3, 8, 64).bfloat16()  # positions 67, 68, 69
+    cu = torch.tensor([0, 3], dtype=torch.int32)
+
+    def run():
+        return fastops.attention_paged(q, cache.k, cache.v, table, have, cu, quant=cache.quant, causal=True)
+
+    clean = run()
+    page = int(table[0, 2])  # tokens 64 to 69
+    cache.v.view(torch.uint8)[page, 4, 1, 33] = 0x7F
+    out = run()
+    assert bool(out[1:, 4:, 33].isnan().all())
+    out[1:, 4:, 33] = clean[1:, 4:, 33]
+    torch.testing.assert_close(out, clean)  # row 0 by another path: not the same bits
 
 
 @pytest.mark.parametrize("name", kv.FORMATS)

@@ -6,6 +6,7 @@
 
 #include "core/attention_backward.h"
 #include "core/attention_params.h"
+#include "core/isa.h"
 
 namespace fastops::cpu {
 

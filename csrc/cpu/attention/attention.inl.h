@@ -15,7 +15,7 @@
 #include "cpu/attention/attention_quant.inl.h"
 #include "cpu/attention/attention_scales.inl.h"
 // (and two more, over their scales)
-#include "cpu/attention/attention_nibbles.inl.h"
+#include "cpu/attention/attention_lane_codes.inl.h"
 #include "cpu/attention/attention_codes.inl.h"
 
 namespace fastops::cpu::FASTOPS_ISA {
@@ -171,11 +171,9 @@ void tile_loop(const AttentionParams& p, const AttentionItem& it, const Sequence
       mode.scores(r0, rows, seen);
       if constexpr (Mode::kInLanes) {
         mode.softmax(p, key, seen, masked);
-        if constexpr (!Mode::kReadsCodes) {
-          if (masked && !mode.v_finite(seen)) {
-            mode.accumulate_seen(seen);
-            continue;
-          }
+        if (masked && !mode.v_finite(seen)) {
+          mode.accumulate_seen(seen);
+          continue;
         }
       } else {
         for (int h = 0; h < w.heads; ++h) {
@@ -196,7 +194,7 @@ void tile_loop(const AttentionParams& p, const AttentionItem& it, const Sequence
   for (int h = 0; h < w.heads; ++h) {
     for (int r = 0; r < w.rows; ++r) {
       const Row row = finished(mode, w, h, r);
-      if (Source::kDecodes && it.v_factor != 1.0f)
+      if ((Source::kDecodes || Mode::kReadsCodes) && it.v_factor != 1.0f)
         for (int d = 0; d < w.VP; d += W) vstore(row.o + d, vmul(vload(row.o + d), vset(it.v_factor)));
       Epilogue::row(p, it, seq, h, r, row.o, kGeneral ? row.m : row.m * p.scale, row.l);
     }
@@ -252,6 +250,13 @@ void run_codes(const AttentionParams& p, const AttentionItem& it, const Sequence
 }
 #endif
 
+#if defined(FASTOPS_HAS_BF16_DOT)
+template <int kKind>
+void run_lane_codes(const AttentionParams& p, const AttentionItem& it, const Sequence& s, float* scratch) {
+  run_epilogue<LaneCodes<kKind>, PagedSource<Code<kKind>>>(p, it, s, scratch);
+}
+#endif
+
 void attention_item(const AttentionParams& p, const AttentionItem& it, float* scratch) {
   const Sequence s = sequence(p, it.b);
 #if defined(FASTOPS_HAS_AMX)
@@ -264,8 +269,8 @@ void attention_item(const AttentionParams& p, const AttentionItem& it, float* sc
       if (one_scale_a_key(p, it, kKvU8)) return run_codes<kKvU8>(p, it, s, scratch);
       if (one_scale_a_key(p, it, kKvU4)) {
 #if defined(FASTOPS_HAS_BF16_DOT)
-        if (p.dtype == 3 && !is_general(p) && Nibbles::fits(p, it))
-          return run_epilogue<Nibbles, PagedSource<Code<kKvU4>>>(p, it, s, scratch);
+        if (p.dtype == 3 && !is_general(p) && LaneCodes<kKvU4>::fits(p, it))
+          return run_lane_codes<kKvU4>(p, it, s, scratch);
 #endif
         return run_codes<kKvU4>(p, it, s, scratch);
       }
@@ -276,6 +281,8 @@ void attention_item(const AttentionParams& p, const AttentionItem& it, float* sc
       AttentionParams folded = p;
       AttentionItem item = it;
       fold_scales(folded, item);
+      if (codes_of_keys(folded, item, kKvF8) && !is_general(folded) && LaneCodes<kKvF8>::fits(folded, item))
+        return run_lane_codes<kKvF8>(folded, item, s, scratch);
       return run_mode<QuantSource<bf16>>(folded, item, s, scratch);
     }
 #endif

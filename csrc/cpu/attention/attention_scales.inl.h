@@ -4,10 +4,15 @@
 namespace fastops::cpu::FASTOPS_ISA {
 namespace {
 
-// Whether both sides of a cache are of that kind.
-inline bool one_scale_a_key(const AttentionParams& p, const AttentionItem& it, int32_t kind) {
-  const auto same = [&](const KvSide& q, int dim) { return q.kind == kind && !q.each && q.channels == dim && q.scale; };
+// Whether both sides of a cache are of that kind, with no scales or one for a key and head.
+inline bool codes_of_keys(const AttentionParams& p, const AttentionItem& it, int32_t kind) {
+  const auto same = [&](const KvSide& q, int dim) {
+    return q.kind == kind && ((!q.scale && !q.shift) || (!q.each && q.channels == dim));
+  };
   return it.rows <= kDirectRows && p.packed == nullptr && same(p.kq, p.D) && same(p.vq, p.Dv);
+}
+inline bool one_scale_a_key(const AttentionParams& p, const AttentionItem& it, int32_t kind) {
+  return codes_of_keys(p, it, kind) && p.kq.scale && p.vq.scale;
 }
 
 struct KeyScales {
