@@ -27,6 +27,27 @@ FASTOPS_INLINE vf codes_atn(const uint8_t* row, int d, int n) {
   return codes_at<kKind>(tail, 0);
 }
 
+#if defined(FASTOPS_HAS_BF16_DOT)
+template <int kKind>
+constexpr bool kFewCodes = kKind == kKvU4 || kKind == kKvU2;
+// Every value that codes of few bits stand for, again and again.
+template <int kKind>
+FASTOPS_INLINE __m512i values_of(vf scale, vf shift) {
+  const vf lanes = vlanes();
+  const vf code = kKind == kKvU4 ? lanes : vsub(lanes, vmul(vset(4), _mm512_floor_ps(vmul(lanes, vset(0.25f)))));
+  return _mm512_broadcast_i64x4(vnarrow_bf16(vfma(code, scale, shift)));
+}
+// `groups` runs of 32 codes with a scale and a shift each.
+template <int kKind>
+FASTOPS_INLINE void decode_runs(const uint8_t* row, int groups, const float* scale, const float* shift, bf16* out) {
+  constexpr int kRun = 2 * W;
+  for (int c = 0; c < groups; ++c, row += kRun * kCodeBits<kKind> / 8, out += kRun) {
+    const __m512i table = values_of<kKind>(vset(scale[c]), vset(shift[c]));
+    _mm512_storeu_si512(out, vlookup_bf16<kCodeBits<kKind>>(row, table));
+  }
+}
+#endif
+
 // out = code * scale + shift, for n codes that share them.
 template <int kKind, class T>
 FASTOPS_INLINE void decode_same(const uint8_t* row, int n, float scale, float shift, T* out) {
@@ -37,11 +58,8 @@ FASTOPS_INLINE void decode_same(const uint8_t* row, int n, float scale, float sh
     if (scale == 1.0f && shift == 0.0f)
       for (; d + 2 * W <= n; d += 2 * W) _mm512_storeu_si512(out + d, vload_f8_bf16(row + d));
   }
-  if constexpr (kIsBf16<T> && (kKind == kKvU4 || kKind == kKvU2)) {  // few codes: every value they stand for, once
-    const int period = 1 << kCodeBits<kKind>;
-    const vf code =
-        period == 16 ? vlanes() : vsub(vlanes(), vmul(vset(4), _mm512_floor_ps(vmul(vlanes(), vset(0.25f)))));
-    const __m512i table = _mm512_broadcast_i64x4(vnarrow_bf16(vfma(code, s, m)));
+  if constexpr (kIsBf16<T> && kFewCodes<kKind>) {
+    const __m512i table = values_of<kKind>(s, m);
     for (; d + 2 * W <= n; d += 2 * W)
       _mm512_storeu_si512(out + d, vlookup_bf16<kCodeBits<kKind>>(row + d * kCodeBits<kKind> / 8, table));
   }
@@ -148,6 +166,7 @@ struct QuantSource {
              (static_cast<int64_t>(table[(t >> p.page_shift) * p.table_sp]) * sb + (t & p.page_mask) * ss) * size;
     };
     const int64_t step = static_cast<int64_t>(heads) * dim;
+    alignas(64) float scale[kMaxHeadDim] = {}, shift[kMaxHeadDim] = {};
     const int64_t in_pages = packed - key < n ? (packed > key ? packed - key : 0) : n;
     int64_t j = 0;
     while (j < in_pages) {
@@ -176,24 +195,29 @@ struct QuantSource {
                                out + j * step + h * dim);
       } else if (q.each) {
         for (int h = 0; h < heads; ++h) {
-          alignas(64) float scale[kMaxHeadDim], shift[kMaxHeadDim];
-          for (int d = 0; d < dim; ++d) numbers(q, page, slot, h, d, &scale[d], &shift[d]);
+          numbers(q, page, slot, h, dim, scale, shift);
           for (int64_t i = j; i < end; ++i)
             decode_each<kKind>(reinterpret_cast<const uint8_t*>(row + (i - j) * ss + h * sh), dim, scale, shift,
                                out + i * step + h * dim);
         }
         j = end;
       } else {
+        const int groups = dim / q.channels;
         for (int64_t at = slot; j < end; ++j, ++at, row += ss)
           for (int h = 0; h < heads; ++h) {
             const uint8_t* x = reinterpret_cast<const uint8_t*>(row + h * sh);
             T* y = out + j * step + h * dim;
-            for (int c = 0; c * q.channels < dim; ++c) {
-              float scale, shift;
-              numbers(q, page, at, h, c, &scale, &shift);
-              const int from = c * q.channels;
-              decode_same<kKind>(x + from * kCodeBits<kKind> / 8, q.channels, scale, shift, y + from);
+            numbers(q, page, at, h, groups, scale, shift);
+#if defined(FASTOPS_HAS_BF16_DOT)
+            if constexpr (kIsBf16<T> && kFewCodes<kKind>) {
+              if (q.channels == 2 * W) {
+                decode_runs<kKind>(x, groups, scale, shift, y);
+                continue;
+              }
             }
+#endif
+            for (int c = 0, from = 0; c < groups; ++c, from += q.channels)
+              decode_same<kKind>(x + from * kCodeBits<kKind> / 8, q.channels, scale[c], shift[c], y + from);
           }
       }
     }
@@ -205,17 +229,36 @@ struct QuantSource {
       }
   }
 
-  // What the codes of group c (of channels) of head h of a key are multiplied by, and what is added.
-  void numbers(const KvSide& q, int64_t page, int64_t slot, int64_t h, int64_t c, float* scale, float* shift) const {
-    const int64_t at[4] = {page, slot >> q.group_shift, it.hkv + h, c};
+  // What the codes of the first n groups of channels of a key's head are multiplied by, and what is added.
+  void numbers(const KvSide& q, int64_t page, int64_t slot, int64_t h, int n, float* scale, float* shift) const {
+    const int64_t at[3] = {page, slot >> q.group_shift, it.hkv + h};
     int64_t si = 0, zi = 0;
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < 3; ++i) {
       si += at[i] * q.scale_s[i];
       zi += at[i] * q.shift_s[i];
     }
-    *scale = q.scale ? number_at(q.scale, q.scale_dtype, si) : 1.0f;
-    const float x = q.shift ? number_at(q.shift, q.scale_dtype, zi) : 0.0f;
-    *shift = q.shift_is_zero ? -x * *scale : x;
+    numbers_of(q.scale, q.scale_dtype, si, q.scale_s[3], n, 1.0f, scale);
+    numbers_of(q.shift, q.scale_dtype, zi, q.shift_s[3], n, 0.0f, shift);
+    if (!q.shift_is_zero || q.shift == nullptr) return;
+    for (int c = 0; c < n; c += W) vstore(shift + c, vmul(vsub(vzero(), vload(shift + c)), vload(scale + c)));
+  }
+  // Fills whole vectors.
+  static void numbers_of(const char* base, int32_t dtype, int64_t at, int64_t step, int n, float otherwise, float* to) {
+    if (base == nullptr) {
+      for (int c = 0; c < n; c += W) vstore(to + c, vset(otherwise));
+    } else if (step != 1) {
+      for (int c = 0; c < n; ++c) to[c] = number_at(base, dtype, at + c * step);
+    } else if (dtype == 1) {
+      run_of(reinterpret_cast<const float*>(base) + at, n, to);
+    } else if (dtype == 2) {
+      run_of(reinterpret_cast<const f16*>(base) + at, n, to);
+    } else {
+      run_of(reinterpret_cast<const bf16*>(base) + at, n, to);
+    }
+  }
+  template <class N>
+  static void run_of(const N* from, int n, float* to) {
+    for (int c = 0; c < n; c += W) vstore(to + c, n - c >= W ? vload(from + c) : vloadn(from + c, n - c));
   }
 };
 
