@@ -164,13 +164,13 @@ def test_numbers_that_are_none_stay_in_their_rows(isa, name):
 @pytest.mark.parametrize("end", [True, False])
 @pytest.mark.parametrize("name", kv.FORMATS)
 def test_guard_pages(isa, end, name):
-    for d in (32, 96):
+    for d, heads in ((32, 4), (96, 4), (96, 8), (128, 8)):
         cache, table, have = filled(name, [70, 3], d=d, dtype=torch.bfloat16)
         tensors = {f.name: getattr(cache.quant, f.name) for f in dataclasses.fields(cache.quant)}
         fenced = {n: guarded(t, end) if isinstance(t, torch.Tensor) else t for n, t in tensors.items()}
         for queries in ([1, 1], [9, 2]):
             cu = guarded(torch.tensor([0, *queries], dtype=torch.int32).cumsum(0, dtype=torch.int32), end)
-            q = guarded(torch.randn(sum(queries), 4, d).bfloat16(), end)
+            q = guarded(torch.randn(sum(queries), heads, d).bfloat16(), end)
             k, v, t, n = (guarded(x, end) for x in (cache.k, cache.v, table, have))
             out = guarded(torch.empty_like(q), end)
             fastops.attention_paged(q, k, v, t, n, cu, causal=True, quant=kv.KVQuant(**fenced), out=out)
