@@ -14,9 +14,8 @@
 namespace fastops::cpu::FASTOPS_ISA {
 namespace {
 
-// How 64 bytes of codes become bf16. A vector of codes is opened once and gives kParts vectors of numbers: channel
-// channel_of(i, n) of a 128-bit lane stands in place i of that lane of part n. For values, two keys' numbers stand side
-// by side, in groups of four vectors.
+// How a vector of 64 bytes of codes becomes bf16: opened once, it gives kParts vectors of numbers, each with as many
+// channels of every 128-bit lane. Values stand beside those of another key, in kGroups groups of four vectors.
 template <int kKind>
 struct LaneCode;
 
@@ -143,7 +142,7 @@ struct LaneCodes : LaneRows<CodeMode<kKind>, true> {
   static constexpr int kPiece = kChunk / 2;     // of what scores take at a time of a key,
   static constexpr int kStep = kChunk / 4;      // and of a quarter
   static constexpr int kLanes = W / 2;          // of a block
-  static constexpr int kPart = 4 * W;           // columns of o that belong to half of one
+  static constexpr int kPart = 4 * W;           // columns of o in a group of vectors
   static constexpr int kLeastKeys = 32;         // of a tile
   int block, lead;
   int64_t q_step;  // from a block of q to the next
