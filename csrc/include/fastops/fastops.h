@@ -354,13 +354,13 @@ FASTOPS_API fastops_status fastops_rope(const fastops_rope_desc* desc, fastops_e
 
 /* ---- kv_append: new keys and values go behind those a paged cache has ------------------------------------------- */
 
-/* Row cu_seqlens[b] + i of k and v becomes token seq_lens[b] + i of sequence b. A cache of k's dtype gets the numbers as
- * they are; a quantised one (kv, as attention_paged reads it) gets codes and, where scales belong to tokens, scales and
- * zeros or minima: over the smallest and largest number of the group for uint8, the largest magnitude for int8 and e4m3.
- * Scales of [1] and [Hkv] are taken as they are (none: 1).
- * With kv.recent, new tokens go to the window, and what then exceeds R - 32 of them leaves it for the pages, its oldest
- * 32 at a time; packed_lens is updated. Only then may tokens share scales: 2 to 32 of them.
- * No page may belong to two sequences where it is written. new_lens may be seq_lens. */
+/* Row cu_seqlens[b] + i of k and v becomes token seq_lens[b] + i of sequence b. A cache of k's dtype gets the numbers
+ * as they are; a quantised one (kv, as attention_paged reads it) gets codes and, where scales belong to tokens, scales
+ * and zeros or minima: over the smallest and largest number of the group for uint8, the largest magnitude for int8 and
+ * e4m3. Scales of [1] and [Hkv] are taken as they are (none: 1). With kv.recent, new tokens go to the window, and what
+ * then exceeds R - 32 of them leaves it for the pages, its oldest 32 at a time; packed_lens is updated. Only then may
+ * tokens share scales: 2 to 32 of them. No page may belong to two sequences where it is written. new_lens may be
+ * seq_lens. */
 typedef struct fastops_kv_append_desc {
   uint32_t struct_size;
   int32_t reserved;
