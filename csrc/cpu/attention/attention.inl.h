@@ -244,16 +244,9 @@ void run_source(const AttentionParams& p, const AttentionItem& it, const Sequenc
 }
 
 #if defined(FASTOPS_HAS_VNNI)
-template <int kKind>
+template <template <int> class Mode, int kKind>
 void run_codes(const AttentionParams& p, const AttentionItem& it, const Sequence& s, float* scratch) {
-  run_epilogue<Codes<kKind>, PagedSource<Code<kKind>>>(p, it, s, scratch);
-}
-#endif
-
-#if defined(FASTOPS_HAS_BF16_DOT)
-template <int kKind>
-void run_lane_codes(const AttentionParams& p, const AttentionItem& it, const Sequence& s, float* scratch) {
-  run_epilogue<LaneCodes<kKind>, PagedSource<Code<kKind>>>(p, it, s, scratch);
+  run_epilogue<Mode<kKind>, PagedSource<Code<kKind>>>(p, it, s, scratch);
 }
 #endif
 
@@ -265,14 +258,14 @@ void attention_item(const AttentionParams& p, const AttentionItem& it, float* sc
   if (p.quant) {  // decoded to what the products take: bf16 where the hardware multiplies it, otherwise fp32
 #if defined(FASTOPS_HAS_VNNI)
     if (p.dtype != 1) {
-      if (one_scale_a_key(p, it, kKvI8)) return run_codes<kKvI8>(p, it, s, scratch);
-      if (one_scale_a_key(p, it, kKvU8)) return run_codes<kKvU8>(p, it, s, scratch);
+      if (one_scale_a_key(p, it, kKvI8)) return run_codes<Codes, kKvI8>(p, it, s, scratch);
+      if (one_scale_a_key(p, it, kKvU8)) return run_codes<Codes, kKvU8>(p, it, s, scratch);
       if (one_scale_a_key(p, it, kKvU4)) {
 #if defined(FASTOPS_HAS_BF16_DOT)
         if (p.dtype == 3 && !is_general(p) && LaneCodes<kKvU4>::fits(p, it))
-          return run_lane_codes<kKvU4>(p, it, s, scratch);
+          return run_codes<LaneCodes, kKvU4>(p, it, s, scratch);
 #endif
-        return run_codes<kKvU4>(p, it, s, scratch);
+        return run_codes<Codes, kKvU4>(p, it, s, scratch);
       }
     }
 #endif
@@ -282,7 +275,7 @@ void attention_item(const AttentionParams& p, const AttentionItem& it, float* sc
       AttentionItem item = it;
       fold_scales(folded, item);
       if (codes_of_keys(folded, item, kKvF8) && !is_general(folded) && LaneCodes<kKvF8>::fits(folded, item))
-        return run_lane_codes<kKvF8>(folded, item, s, scratch);
+        return run_codes<LaneCodes, kKvF8>(folded, item, s, scratch);
       return run_mode<QuantSource<bf16>>(folded, item, s, scratch);
     }
 #endif

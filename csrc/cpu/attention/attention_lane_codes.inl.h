@@ -26,7 +26,6 @@ struct LaneCode<kKvU4> {
   static constexpr float kKeyMiddle = -128.0f, kValueMiddle = 8.0f;
   static bool fits(const KvSide&) { return true; }
   using Open = __m512i;
-  static bool has_nan(__m512i) { return false; }
   static FASTOPS_INLINE Open open(__m512i x) { return x; }
   // Nibble n of 32 words, as 128 + code.
   template <int n>
@@ -200,11 +199,11 @@ struct LaneCodes : LaneRows<CodeMode<kKind>, true> {
       for (int d = 0; d < w.D; d += kStep) {
         const int n = w.D - d < kStep ? w.D - d : kStep;
         const __m512i x = _mm512_maskz_loadu_epi16(n == 32 ? ~0u : (1u << n) - 1u, src + d);
-        sum = _mm512_dpbf16_ps(sum, (__m512bh)x, ones);
+        if (Kind::kShifted) sum = _mm512_dpbf16_ps(sum, (__m512bh)x, ones);
         FASTOPS_UNROLL
         for (int i = 0; i < Kind::kParts; ++i, to += kLanes) _mm_storeu_si128(to, Kind::q_part(x, i));
       }
-      q_sum[lane] = vsum(sum);
+      if (Kind::kShifted) q_sum[lane] = vsum(sum);
     }
   }
 
@@ -222,7 +221,6 @@ struct LaneCodes : LaneRows<CodeMode<kKind>, true> {
 
   // The numbers of a tile were found a tile ahead, but for the first.
   void scales(const AttentionItem& it, const int32_t* page_table, int64_t key, int n, int behind) {
-    if (p.kq.scale == nullptr) return;
     if (!found) expect(it, page_table, key, n);
     k_numbers.advance();
     v_numbers.advance();
@@ -262,7 +260,7 @@ struct LaneCodes : LaneRows<CodeMode<kKind>, true> {
     const auto* from = reinterpret_cast<const __m128i*>(q) + first;
     for (int c = 0; c < dim; c += kPiece, from += 2 * Kind::kParts * kLanes) {
       const __mmask8 m = kWhole ? 0xff : doubles(dim - c);
-      const RowStream::Lines lines = stream.template take<kLines>();
+      const RowStream::Lines lines = stream.take<kLines>();
       __m512i x[kGroups][2];
       FASTOPS_UNROLL
       for (int g = 0; g < kGroups; ++g) turned<kWhole>(rows + 4 * g, at + bytes(c), m, x[g]);
@@ -277,7 +275,7 @@ struct LaneCodes : LaneRows<CodeMode<kKind>, true> {
           __m512bh v[kGroups];
           FASTOPS_UNROLL
           for (int g = 0; g < kGroups; ++g) v[g] = Kind::part(opened[g], n);
-          lines.template ask<kLines>(step, 2 * Kind::kParts);
+          lines.ask<kLines>(step, 2 * Kind::kParts);
           FASTOPS_UNROLL
           for (int r = 0; r < RB; ++r) {
             const __m512bh y = (__m512bh)_mm512_broadcast_i32x4(_mm_loadu_si128(from + step * kLanes + r));
@@ -473,7 +471,7 @@ struct LaneCodes : LaneRows<CodeMode<kKind>, true> {
     for (int i = 0; i < kGroups * RB * 4; ++i)
       acc[i / (4 * RB)][i / 4 % RB][i % 4] = vload(part_of(i / (4 * RB), i / 4 % RB) + i % 4 * W);
     for (int j = j0; j < j1; j += 2, weights += pitch) {
-      const RowStream::Lines lines = kLines > 0 ? stream.template take<kLines>() : RowStream::Lines();
+      const RowStream::Lines lines = kLines > 0 ? stream.take<kLines>() : RowStream::Lines();
       const __m512i a = load(rows[j]), b = load(rows[j + 1]);
       FASTOPS_UNROLL
       for (int group = 0; group < kGroups; ++group) {
@@ -484,7 +482,7 @@ struct LaneCodes : LaneRows<CodeMode<kKind>, true> {
           const __m512bh pj = (__m512bh)_mm512_castps_si512(vset(weights[r]));
           FASTOPS_UNROLL
           for (int n = 0; n < 4; ++n) acc[group][r][n] = _mm512_dpbf16_ps(acc[group][r][n], pj, v[n]);
-          lines.template ask<kLines>(group * RB + r, kGroups * RB);
+          lines.ask<kLines>(group * RB + r, kGroups * RB);
         }
       }
     }
@@ -546,13 +544,14 @@ struct LaneCodes : LaneRows<CodeMode<kKind>, true> {
   }
 
   // Whether no value of the keys is a NaN: where a row does not see a key, not even that may reach it.
-  bool v_finite(int n) const {
-    if (!Kind::kHasNaN) return true;
-    for (int j = 0; j < n; ++j) {
-      for (int h = 0; h < w.heads; ++h) {
-        const auto* row = reinterpret_cast<const uint8_t*>(w.vr[j]) + h * w.v_step;
-        for (int c = 0; c < w.Dv; c += kChunk)
-          if (Kind::has_nan(_mm512_maskz_loadu_epi16(words(w.Dv - c), row + bytes(c)))) return false;
+  bool v_finite([[maybe_unused]] int n) const {
+    if constexpr (Kind::kHasNaN) {
+      for (int j = 0; j < n; ++j) {
+        for (int h = 0; h < w.heads; ++h) {
+          const auto* row = reinterpret_cast<const uint8_t*>(w.vr[j]) + h * w.v_step;
+          for (int c = 0; c < w.Dv; c += kChunk)
+            if (Kind::has_nan(_mm512_maskz_loadu_epi16(words(w.Dv - c), row + bytes(c)))) return false;
+        }
       }
     }
     return true;

@@ -242,7 +242,8 @@ struct QuantSource {
     if (!q.shift_is_zero || q.shift == nullptr) return;
     for (int c = 0; c < n; c += W) vstore(shift + c, vmul(vsub(vzero(), vload(shift + c)), vload(scale + c)));
   }
-  // Fills whole vectors.
+  // Fills whole vectors, unlike copy_row: a number that is read back at once would wait for a masked store (KIVI: a
+  // sixth of all time).
   static void numbers_of(const char* base, int32_t dtype, int64_t at, int64_t step, int n, float otherwise, float* to) {
     if (base == nullptr) {
       for (int c = 0; c < n; c += W) vstore(to + c, vset(otherwise));

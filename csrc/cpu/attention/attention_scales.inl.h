@@ -147,14 +147,14 @@ struct HeadNumbers {
       const int64_t shift = page * q.shift_s[0] + it.hkv * q.shift_s[2];
       const int64_t slot = t & p.page_mask, left = p.page_mask + 1 - slot;
       const int run = left < n - j ? static_cast<int>(left) : n - j;
-      const int64_t step = q.scale_s[1], shift_step = q.shift ? q.shift_s[1] : 0;
+      const int64_t step = q.scale_s[1], shift_step = q.shift_s[1];
       if (q.group_shift == 0) {
-        Places at{scale + slot * step, q.shift ? shift + slot * shift_step : 0};
+        Places at{scale + slot * step, shift + slot * shift_step};
         for (int i = 0; i < run; ++i, at = {at.scale + step, at.shift + shift_step}) next[j + i] = at;
       } else {
         for (int i = 0; i < run; ++i) {
           const int64_t group = (slot + i) >> q.group_shift;
-          next[j + i] = {scale + group * step, q.shift ? shift + group * shift_step : 0};
+          next[j + i] = {scale + group * step, shift + group * shift_step};
         }
       }
       ask(q.scale, next[j].scale, next[j + run - 1].scale, size);
