@@ -21,7 +21,7 @@ if _LIBRARY.exists():
     torch.ops.load_library(str(_LIBRARY))
     from fastops import _C as control  # type: ignore[no-redef]
 
-    refusal = control.isa_refusal()
+    refusal = control.isa_refusal() or control.cores_refusal()
     if refusal is not None:
         raise ValueError(refusal)
 else:

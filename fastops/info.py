@@ -22,6 +22,7 @@ class Info:
     torch: str
     threads: int
     machine: str
+    cores: int  # that plans are made for: the machine's, or FASTOPS_CORES's
     build: dict[str, str]
     isas: dict[str, str]  # variant -> "active", "available", "not on this machine" or "not in this build"
     gpus: list[str] = field(default_factory=list)
@@ -31,6 +32,8 @@ class Info:
 
     def __str__(self) -> str:
         lines = [f"fastops {self.version}, torch {self.torch}, {self.threads} threads, {self.machine}"]
+        if self.cores and self.cores != os.cpu_count():
+            lines.append(f"  plans are made for {self.cores} cores")
         if self.missing:
             lines.append(f"  compiled library: {self.missing}")
         lines += [f"  build {k}: {v}" for k, v in self.build.items()]
@@ -80,6 +83,7 @@ def info() -> Info:
         torch=torch.__version__,
         threads=torch.get_num_threads(),
         machine=f"{cpu_name()} ({os.cpu_count()} cpus)",
+        cores=c.cores() if c else 0,
         build=dict(c.build_info()) if c else {},
         isas=states,
         gpus=gpus,

@@ -54,10 +54,10 @@ struct AttentionParams {
   KvSide kq, vq;
   const int32_t* packed;  // keys in pages; those behind stand in a window of `recent`
   int64_t packed_stride, recent;
-  // The plan (a function of the shapes alone, never of the number of threads).
+  // The plan (a function of the shapes and the machine's cores, never of the number of threads).
   int32_t block_rows;    // CPU: rows of a packed work item
   int32_t direct_heads;  // CPU: KV heads of a direct work item
-  int64_t split_keys;    // keys of a split, 0: no splitting
+  double split_cost;     // CPU: of a split of a sequence's keys, in the plan's measure; 0: no splitting
 };
 
 // One sequence of the batch.

@@ -7,6 +7,11 @@
 
 namespace fastops {
 
+// The cores that plans are made for (fastops_cores).
+int32_t plan_cores();
+// The sentence that refuses FASTOPS_CORES, or NULL.
+const char* plan_refusal();
+
 // Calls f(item, worker) once for each item in [0, n). Every worker (at most env.num_threads) has a run of neighbouring
 // items of its own, the same in every call with as many items, so that what one call wrote is in the cache of the core
 // whose next call reads it; a worker that is done takes items of the others. `worker` < env.num_threads picks the

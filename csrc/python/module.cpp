@@ -43,6 +43,15 @@ PYBIND11_MODULE(_C, m) {
         }
       },
       py::arg("name"), "Forces a variant for the process; 'auto' lifts that.");
+  m.def("cores", &fastops_cores, "The cores that plans are made for.");
+  m.def("cores_refusal", &fastops_cores_refusal, "Why FASTOPS_CORES cannot be had, or None.");
+  m.def(
+      "cores_set",
+      [](int32_t n) {
+        char message[FASTOPS_MESSAGE_SIZE] = "";
+        if (fastops_cores_set(n, message) != FASTOPS_OK) throw py::value_error(message);
+      },
+      py::arg("n"), "Plans for so many cores; 0 lifts that.");
   m.def("last_variant", &fastops_torch_last_variant, "The variant the last operator call on this thread ran.");
   m.def(
       "load_cuda",

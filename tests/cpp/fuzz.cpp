@@ -219,9 +219,10 @@ void run(Run call, Need need, std::initializer_list<int> outs, bool compare) {
 }
 
 void fuzz_attention(Random& r) {
+  REQUIRE(fastops_cores_set(static_cast<int32_t>(r.pick({0, 1, 2, 5, 40})), nullptr) == FASTOPS_OK, "refused");
   const int32_t dtype = static_cast<int32_t>(r.pick({FASTOPS_F32, FASTOPS_F16, FASTOPS_BF16}));
   const int64_t B = 1 + r.below(3), Hkv = 1 + r.below(2), H = Hkv * (1 + r.below(4)),
-                Sq = r.below(r.one_in(3) ? 40 : 4), Sk = r.below(r.one_in(8) ? 400 : 40), D = 8 * (1 + r.below(9)),
+                Sq = r.below(r.one_in(3) ? 40 : 4), Sk = r.below(r.one_in(8) ? 900 : 40), D = 8 * (1 + r.below(9)),
                 Dv = r.one_in(2) ? D : 8 * (1 + r.below(9));
   const int layout = static_cast<int>(r.below(3));
   fastops_attention_desc d{};
@@ -437,42 +438,94 @@ void fuzz_int4_linear(Random& r) {
 #include "fuzz_fused.h"
 #include "fuzz_kv.h"
 
-// The header's promise: at most 1 MiB of workspace for each thread, whatever the lengths.
+fastops_tensor dense_view(int32_t dtype, void* data, std::initializer_list<int64_t> sizes) {
+  fastops_tensor t{};
+  t.data = data;
+  t.dtype = dtype;
+  for (int64_t n : sizes) t.size[t.ndim++] = n;
+  int64_t stride = 1;
+  for (int i = t.ndim - 1; i >= 0; --i) {
+    t.stride[i] = stride;
+    stride *= t.size[i] > 0 ? t.size[i] : 1;
+  }
+  return t;
+}
+
+fastops_attention_desc plain_attention() {
+  fastops_attention_desc d{};
+  d.struct_size = sizeof d;
+  d.scale = 1.0f;
+  d.window_left = d.window_right = -1;
+  return d;
+}
+
+// The header's promise: at most 1 MiB of workspace for each thread, whatever the lengths and the cores.
 void bound_workspace() {
+  const auto view = [](std::initializer_list<int64_t> sizes) {  // never read
+    return dense_view(FASTOPS_F32, region(Q).last(64), sizes);
+  };
   for (int64_t D : {8, 64, 72, 128, 136, 256})
     for (int64_t Hkv : {1, 8, 64})
       for (int64_t G : {1, 4, 16})
         for (int64_t Sq : {1, 2, 9, 300, 4096, 100000})
           for (int64_t Sk : {0, 100, 5000, 1000000})
             for (int64_t B : {1, 3, 100})
-              for (int threads : {1, 2, 96}) {
-                fastops_attention_desc d{};
-                d.struct_size = sizeof d;
-                d.scale = 1.0f;
-                d.window_left = d.window_right = -1;
-                const auto view = [](std::initializer_list<int64_t> sizes) {  // dense, and never read
-                  fastops_tensor t{};
-                  t.data = region(Q).last(64);
-                  t.dtype = FASTOPS_F32;
-                  for (int64_t n : sizes) t.size[t.ndim++] = n;
-                  int64_t stride = 1;
-                  for (int i = t.ndim - 1; i >= 0; --i) {
-                    t.stride[i] = stride;
-                    stride *= t.size[i] > 0 ? t.size[i] : 1;
-                  }
-                  return t;
-                };
-                d.q = d.out = view({B, Sq, Hkv * G, D});
-                d.k = d.v = view({B, Sk, Hkv, D});
-                fastops_env env{};
-                env.struct_size = sizeof env;
-                env.num_threads = threads;
-                env.parallel_for = &run_threads;
-                size_t bytes = 0;
-                REQUIRE(fastops_attention_workspace(&d, &env, &bytes) == FASTOPS_OK, "refused");
-                REQUIRE(bytes <= static_cast<size_t>(threads) << 20, "%zu bytes for %d threads", bytes, threads);
-                bound_kv_workspace(d, &env);
-              }
+              for (int cores : {1, 2, 12, 500})
+                for (int threads : {1, 2, 96}) {
+                  fastops_attention_desc d = plain_attention();
+                  d.q = d.out = view({B, Sq, Hkv * G, D});
+                  d.k = d.v = view({B, Sk, Hkv, D});
+                  fastops_env env{};
+                  env.struct_size = sizeof env;
+                  env.num_threads = threads;
+                  env.parallel_for = &run_threads;
+                  size_t bytes = 0;
+                  REQUIRE(fastops_cores_set(cores, nullptr) == FASTOPS_OK, "refused");
+                  REQUIRE(fastops_attention_workspace(&d, &env, &bytes) == FASTOPS_OK, "refused");
+                  REQUIRE(bytes <= static_cast<size_t>(threads) << 20, "%zu bytes for %d threads", bytes, threads);
+                  bound_kv_workspace(d, &env);
+                }
+  REQUIRE(fastops_cores_set(0, nullptr) == FASTOPS_OK, "refused");
+}
+
+// Long sequences are cut into pieces when fewer items than cores are there, or one is longer than the others: what the
+// partial results of one row of q take, on one thread.
+int64_t pieces(int cores, std::initializer_list<int32_t> lengths, int64_t window = -1) {
+  const int64_t B = static_cast<int64_t>(lengths.size()), D = 64, heads = 4;
+  std::vector<int32_t> cu_q{0}, cu_k{0};
+  for (int32_t n : lengths) {
+    cu_q.push_back(cu_q.back() + 1);
+    cu_k.push_back(cu_k.back() + n);
+  }
+  const auto bytes = [&](int32_t last) {  // the last sequence's length
+    cu_k.back() = cu_k[cu_k.size() - 2] + last;
+    fastops_attention_desc d = plain_attention();
+    d.window_left = window;
+    d.q = d.out = dense_view(FASTOPS_F32, region(Q).last(64), {B, heads, D});
+    d.k = d.v = dense_view(FASTOPS_F32, region(K).last(64), {cu_k.back(), heads, D});
+    d.cu_seqlens_q = dense_view(FASTOPS_I32, cu_q.data(), {B + 1});
+    d.cu_seqlens_k = dense_view(FASTOPS_I32, cu_k.data(), {B + 1});
+    fastops_env env{};
+    env.struct_size = sizeof env;
+    size_t n = 0;
+    REQUIRE(fastops_attention_workspace(&d, &env, &n) == FASTOPS_OK, "refused");
+    return static_cast<int64_t>(n);
+  };
+  REQUIRE(fastops_cores_set(cores, nullptr) == FASTOPS_OK, "refused");
+  const int64_t with = bytes(*(lengths.end() - 1));
+  REQUIRE(fastops_cores_set(1, nullptr) == FASTOPS_OK, "refused");
+  const int64_t none = bytes(0);
+  REQUIRE(fastops_cores_set(0, nullptr) == FASTOPS_OK, "refused");
+  return (with - none) / (heads * (D + 1) * 4);
+}
+
+void check_plans() {
+  REQUIRE(pieces(2, {8192}) == 4 && pieces(8, {8192}) == 16 && pieces(1, {8192}) == 0, "one sequence");
+  REQUIRE(pieces(64, {600}) == 2 && pieces(64, {500}) == 0, "short sequences");
+  REQUIRE(pieces(2, {3000, 3000, 3000}) == 6 && pieces(2, {3000, 3000, 3000, 3000}) == 0, "alike");
+  REQUIRE(pieces(2, {100, 100, 100, 100, 100, 100, 100, 100, 100, 8192}) == 7, "one long among short ones");
+  REQUIRE(pieces(2, {9000, 9001, 9040, 8999}) == 0, "nearly alike");
+  REQUIRE(pieces(8, {100000}, 400) == 0 && pieces(8, {100000}, 4000) == 13, "what a window leaves");
 }
 
 }  // namespace
@@ -481,6 +534,7 @@ int main(int argc, char** argv) {
   const uint64_t first = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 0;
   const uint64_t count = argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 1000;
   bound_workspace();
+  check_plans();
   std::mt19937 noise(1);
   for (int slot = 0; slot < SLOTS; ++slot)  // any bits: NaN and infinities too, in 16 bits and in 32
     for (char* p = region(slot).last(Region::kSize); p < region(slot).last(0); p += 4) {

@@ -111,6 +111,16 @@ def test_fastops_isa():
         assert f"FASTOPS_ISA is '{name}', which this machine lacks" in run(code, FASTOPS_ISA=name).stderr
 
 
+def test_fastops_cores():
+    code = "import fastops; print(fastops.info())"
+    assert "plans are made for 77 cores" in run(code, FASTOPS_CORES="77").stdout
+    assert "plans are made for" not in run(code, FASTOPS_CORES="auto").stdout
+    for bad in ("many", "0", "-2", "3x", "99999999999999999999"):
+        assert f"FASTOPS_CORES is '{bad}', can be auto or 1 to 65536" in run(code, FASTOPS_CORES=bad).stderr
+    with pytest.raises(ValueError, match="cores_set: -1 cores, can be 1 to 65536, or 0 for the machine's"):
+        fastops._ops.control.cores_set(-1)
+
+
 def test_set_isa_refuses():
     with pytest.raises(ValueError, match="'sse9' is unknown, known: auto"):
         fastops.set_isa("sse9")

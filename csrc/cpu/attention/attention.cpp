@@ -36,9 +36,10 @@ const AttentionTable& attention_table_for(Isa isa) {
 
 namespace {
 
-// Everything below depends on shapes and lengths alone: results must not change with the number of threads.
-constexpr int64_t kTargetItems = 32;  // enough for a big machine to share out
-constexpr int64_t kFewItems = 16;     // below this, long sequences are split
+// Everything below depends on shapes, lengths and the machine's cores: results must not change with the number of
+// threads.
+constexpr int64_t kFewItems = 16;  // below this, blocks of query rows become smaller
+constexpr int64_t kKeyStep = 64;   // a split begins and ends at multiples of it,
 constexpr int64_t kMinSplitKeys = 256;
 constexpr int64_t kPartialBudget = 384 << 10;  // bytes for all partial results
 constexpr int64_t kSerialWork = 300000;        // multiply-adds under which waking a thread costs more than it saves
@@ -67,22 +68,57 @@ int64_t head_groups_of(const AttentionParams& p, const Sequence& s) {
   return is_direct(p, s) ? ceil_div(p.Hkv, p.direct_heads) : p.Hkv;
 }
 
-int64_t splits_of(const AttentionParams& p, const Sequence& s) {
-  if (p.split_keys == 0 || s.Sq * p.G > p.block_rows) return 1;
-  const int64_t n = ceil_div(s.Sk, p.split_keys);
-  return n < 1 ? 1 : n;
+// The keys that the queries of a sequence see together; lo in steps of splits.
+KeyRange keys_seen(const AttentionParams& p, const Sequence& s) {
+  if (s.Sq < 1) return {0, 0};
+  const KeyRange first = visible_keys(p, s, 0), last = visible_keys(p, s, s.Sq - 1);
+  return {first.lo / kKeyStep * kKeyStep, last.hi > first.lo ? last.hi : first.lo};
 }
 
-// Fills p.block_rows and p.split_keys, and (when given) the prefix sums of items and partial rows per sequence.
+// What an item over `keys` keys of a sequence costs, in rows of K and V read: 16 rows of q take as long as reading
+// does.
+double item_cost(const AttentionParams& p, const Sequence& s, int64_t keys) {
+  const int64_t rows = s.Sq * p.G < p.block_rows ? s.Sq * p.G : p.block_rows;
+  const int64_t heads = !is_direct(p, s) ? 1 : p.Hkv < p.direct_heads ? p.Hkv : p.direct_heads;
+  return static_cast<double>(keys) * static_cast<double>(heads) * (1.0 + static_cast<double>(rows) / 16.0);
+}
+
+// The splits of a sequence's items: `count` of `keys` keys each, from `first` on.
+struct Splits {
+  int64_t first, keys, count;
+};
+
+Splits splits_of(const AttentionParams& p, const Sequence& s) {
+  if (p.split_cost == 0.0 || s.Sq * p.G > p.block_rows) return {0, s.Sk, 1};
+  const KeyRange seen = keys_seen(p, s);
+  const int64_t span = seen.hi - seen.lo, most = span / kMinSplitKeys;
+  const double wanted = item_cost(p, s, span) / p.split_cost - 0.25;  // up to 1.25 of the cost stay whole
+  int64_t n = wanted < static_cast<double>(most) ? static_cast<int64_t>(wanted) : most;
+  n += n < most && static_cast<double>(n) < wanted;
+  if (n <= 1) return {0, s.Sk, 1};
+  const int64_t keys = ceil_div(ceil_div(span, n), kKeyStep) * kKeyStep;
+  return {seen.lo, keys, ceil_div(span, keys)};
+}
+
+// The cost of a split, 0 for none, when a call has `base` items of at least `least`, at most `most`, `total` together.
+double split_cost(int64_t base, double least, double most, double total) {
+  const int64_t cores = plan_cores();
+  if (base == 0 || cores == 1 || (base >= 4 * cores && most * static_cast<double>(2 * cores) <= total)) return 0.0;
+  if (most > 1.25 * least) return total / static_cast<double>(4 * cores);
+  int64_t n = 1;  // all alike: the smallest number of splits with which every core has as many, or many enough
+  while (base * n < 2 * cores || (base * n % cores != 0 && base * n < 4 * cores)) ++n;
+  return n == 1 ? 0.0 : most / static_cast<double>(n);
+}
+
+// Fills p.block_rows and p.split_cost, and (when given) the prefix sums of items and partial rows per sequence.
 Plan make_plan(AttentionParams& p, int64_t* item_prefix, int64_t* partial_prefix) {
   Plan plan;
   p.block_rows = block_rows_for(p.D, p.Dv);
-  p.split_keys = 0;
-  int64_t max_rows = 0, max_keys = 0, visible = 0;
+  p.split_cost = 0.0;
+  int64_t max_rows = 0, visible = 0;
   for (int64_t b = 0; b < p.B; ++b) {
     const Sequence s = sequence(p, b);
     if (s.Sq * p.G > max_rows) max_rows = s.Sq * p.G;
-    if (s.Sk > max_keys) max_keys = s.Sk;
     visible += s.Sq * s.Sk;
   }
   plan.max_rows = max_rows;
@@ -90,10 +126,10 @@ Plan make_plan(AttentionParams& p, int64_t* item_prefix, int64_t* partial_prefix
   // Heads that lie next to each other are read as one stream (attention_modes.inl.h, Direct).
   const int64_t k_row = p.D / kv_channels(p.kq.kind, 1), v_row = p.Dv / kv_channels(p.vq.kind, 1);
   const bool adjacent = p.k_sh == k_row && p.v_sh == v_row && p.k_ss >= p.Hkv * k_row && p.v_ss >= p.Hkv * v_row;
-  int64_t most = kDirectHeads;
-  if (p.quant && kDecodedFloats / kDecodedKeys / (p.D + p.Dv) < most)
-    most = kDecodedFloats / kDecodedKeys / (p.D + p.Dv);
-  p.direct_heads = adjacent && p.Hkv > 1 ? static_cast<int32_t>(p.Hkv < most ? p.Hkv : most) : 1;
+  int64_t neighbours = kDirectHeads;
+  if (p.quant && kDecodedFloats / kDecodedKeys / (p.D + p.Dv) < neighbours)
+    neighbours = kDecodedFloats / kDecodedKeys / (p.D + p.Dv);
+  p.direct_heads = adjacent && p.Hkv > 1 ? static_cast<int32_t>(p.Hkv < neighbours ? p.Hkv : neighbours) : 1;
   auto base_items = [&p] {
     int64_t n = 0;
     for (int64_t b = 0; b < p.B; ++b) {
@@ -107,25 +143,35 @@ Plan make_plan(AttentionParams& p, int64_t* item_prefix, int64_t* partial_prefix
     p.block_rows = p.block_rows / 2 >= 96 ? p.block_rows / 2 / 96 * 96 : 96;
     base = base_items();
   }
-  if (base > 0 && base < kFewItems && max_keys > kMinSplitKeys) {
-    int64_t keys = ceil_div(ceil_div(max_keys, ceil_div(kTargetItems, base)), 64) * 64;
-    if (keys < kMinSplitKeys) keys = kMinSplitKeys;
-    for (p.split_keys = keys;; p.split_keys *= 2) {
-      int64_t rows = 0;
-      for (int64_t b = 0; b < p.B; ++b) {
-        const Sequence s = sequence(p, b);
-        const int64_t n = splits_of(p, s);
-        if (n > 1) rows += n * s.Sq * p.Hq;
-      }
-      if (rows * (p.Dv + 1) * static_cast<int64_t>(sizeof(float)) <= kPartialBudget) break;
-    }
-    if (p.split_keys >= max_keys) p.split_keys = 0;
+  int64_t items = 0;
+  double least = 0.0, most = 0.0, total = 0.0;
+  for (int64_t b = 0; b < p.B; ++b) {
+    const Sequence s = sequence(p, b);
+    const KeyRange seen = keys_seen(p, s);
+    const double cost = item_cost(p, s, seen.hi - seen.lo);
+    if (cost == 0.0) continue;
+    const int64_t n = blocks_of(p, s) * head_groups_of(p, s);
+    least = items == 0 || cost < least ? cost : least;
+    most = cost > most ? cost : most;
+    total += cost * static_cast<double>(n);
+    items += n;
   }
+  auto partial_bytes = [&p] {
+    int64_t rows = 0;
+    for (int64_t b = 0; b < p.B; ++b) {
+      const Sequence s = sequence(p, b);
+      const int64_t n = splits_of(p, s).count;
+      if (n > 1) rows += n * s.Sq * p.Hq;
+    }
+    return rows * (p.Dv + 1) * static_cast<int64_t>(sizeof(float));
+  };
+  p.split_cost = split_cost(items, least, most, total);
+  while (p.split_cost > 0.0 && partial_bytes() > kPartialBudget) p.split_cost *= 2.0;
   for (int64_t b = 0; b < p.B; ++b) {
     const Sequence s = sequence(p, b);
     if (item_prefix) item_prefix[b] = plan.items;
     if (partial_prefix) partial_prefix[b] = plan.partial_rows;
-    const int64_t n = splits_of(p, s);
+    const int64_t n = splits_of(p, s).count;
     plan.items += blocks_of(p, s) * head_groups_of(p, s) * n;
     if (n > 1) plan.partial_rows += n * s.Sq * p.Hq;
   }
@@ -177,7 +223,8 @@ AttentionItem item_at(const AttentionParams& p, int64_t i, const int64_t* item_p
     }
   }
   const Sequence s = sequence(p, lo);
-  const int64_t blocks = blocks_of(p, s), splits = splits_of(p, s), rows = s.Sq * p.G;
+  const Splits cut = splits_of(p, s);
+  const int64_t blocks = blocks_of(p, s), splits = cut.count, rows = s.Sq * p.G;
   int64_t rest = i - item_prefix[lo];
   AttentionItem it{};
   it.b = lo;
@@ -189,8 +236,8 @@ AttentionItem item_at(const AttentionParams& p, int64_t i, const int64_t* item_p
   const int64_t block = blocks - 1 - rest / groups;
   it.row0 = block * p.block_rows;
   it.rows = rows - it.row0 < p.block_rows ? rows - it.row0 : p.block_rows;
-  it.key0 = split * p.split_keys;
-  it.key1 = splits == 1 || it.key0 + p.split_keys > s.Sk ? s.Sk : it.key0 + p.split_keys;
+  it.key0 = cut.first + split * cut.keys;
+  it.key1 = split + 1 == splits ? s.Sk : it.key0 + cut.keys;
   if (splits > 1) {  // partials of a sequence: [kv head][split][rows]
     const int64_t slot = partial_prefix[lo] + (it.hkv * splits + split) * rows;
     it.partial_out = partial_out + slot * p.Dv;
@@ -205,7 +252,7 @@ int64_t element_size(int32_t dtype) { return dtype == FASTOPS_F32 ? 4 : 2; }
 void merge_sequence(const AttentionParams& p, const AttentionTable& table, int64_t b, int64_t hkv,
                     const int64_t* partial_prefix, const float* partial_out, const float* partial_lse) {
   const Sequence s = sequence(p, b);
-  const int64_t splits = splits_of(p, s), rows = s.Sq * p.G;
+  const int64_t splits = splits_of(p, s).count, rows = s.Sq * p.G;
   const int64_t base = partial_prefix[b] + hkv * splits * rows;
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t qi = s.q0 + r / p.G, head = hkv * p.G + r % p.G;
@@ -256,7 +303,9 @@ extern "C" fastops_status fastops_attention_fwd(const fastops_attention_desc* de
   AttentionParams p;
   const fastops_status status = check_attention(*desc, &p, env->message);
   if (status != FASTOPS_OK) return status;
-  if (const char* refusal = isa_refusal()) {
+  const char* refusal = isa_refusal();
+  if (refusal == nullptr) refusal = plan_refusal();
+  if (refusal != nullptr) {
     set_message(env->message, "%s", refusal);
     return FASTOPS_ERR_UNSUPPORTED;
   }
@@ -290,7 +339,7 @@ extern "C" fastops_status fastops_attention_fwd(const fastops_attention_desc* de
   });
   if (plan.partial_rows > 0) {
     parallel_items(inner, p.B * p.Hkv, [&](int64_t i, int) {
-      if (splits_of(p, sequence(p, i / p.Hkv)) > 1)
+      if (splits_of(p, sequence(p, i / p.Hkv)).count > 1)
         merge_sequence(p, table, i / p.Hkv, i % p.Hkv, partial_prefix, partial_out, partial_lse);
     });
   }

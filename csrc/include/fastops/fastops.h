@@ -99,6 +99,14 @@ FASTOPS_API const char* fastops_isa_refusal(void);
 /* Forces a variant for the whole process (NULL or "auto": back to automatic). FASTOPS_ERR_VALUE for an unknown name,
  * FASTOPS_ERR_UNSUPPORTED for one this build or machine lacks; the choice is unchanged then. */
 FASTOPS_API fastops_status fastops_isa_set(const char* name, char* message);
+/* The cores that plans are made for: those of the machine, or FASTOPS_CORES's. Attention cuts long sequences into as
+ * many pieces as so many cores can share out evenly. Results do not depend on the number of threads; on this number
+ * they depend by rounding, so the same one gives the same bits on machines of different size. */
+FASTOPS_API int32_t fastops_cores(void);
+/* Why FASTOPS_CORES cannot be had (attention refuses to run then), or NULL. */
+FASTOPS_API const char* fastops_cores_refusal(void);
+/* Plans for n cores from the next call on, in the whole process; 0: back to automatic. FASTOPS_ERR_VALUE below 0. */
+FASTOPS_API fastops_status fastops_cores_set(int32_t n, char* message);
 
 /* ---- attention ----------------------------------------------------------------------------------------------- */
 
