@@ -179,55 +179,76 @@ struct Lanes : LaneRows<Direct<T>, sizeof(T) == 2> {  // two keys at once load l
     first.step(1 << 10);
   }
 
-  // [JB keys][block of lanes] = q k^T, of JB keys and the heads of a block.
-  template <int RB>
+  // [JB keys][block of lanes] = q k^T, of JB keys and the heads of a block. kDim: of heads that lie side by side in a
+  // row, as many as lanes are there for; then every address is the row's and a number the compiler knows.
+  template <int RB, int kDim>
   static FASTOPS_INLINE vf dots(RowStream& stream, const T* const* rows, const int64_t* at, int dim, const float* q) {
     constexpr int kBlock = block_lanes(RB), JB = W / kBlock, HB = kBlock / RB;
     constexpr int kLine = 64 / static_cast<int>(sizeof(T)), kLines = JB * HB;
     vf acc[W];
     FASTOPS_UNROLL
     for (int i = 0; i < W; ++i) acc[i] = vzero();
+    constexpr int kSpan = kLine > kUnit ? kLine : kUnit;
+    if constexpr (kDim > 0) {
+      const T* k[JB];
+      FASTOPS_UNROLL
+      for (int j = 0; j < JB; ++j) k[j] = rows[j] + at[0];
+      FASTOPS_UNROLL
+      for (int d = 0; d < kDim; d += kSpan) {
+        const RowStream::Lines lines = stream.take<kLines>();
+        FASTOPS_UNROLL
+        for (int u = 0; u < kSpan; u += kUnit, q += W * W) {
+          step<RB, true>(
+              acc, [&](int h, int j) FASTOPS_LAMBDA { return k[j] + h * kDim + d + u; }, kUnit, q,
+              [&](int i) FASTOPS_LAMBDA {
+                lines.ask<kLines>(u / kUnit * HB * RB + i, kSpan / kUnit * HB * RB);
+              });
+        }
+      }
+      return vreduce(acc);
+    }
     const T* k[JB * HB];
     FASTOPS_UNROLL
     for (int h = 0; h < HB; ++h) {
       FASTOPS_UNROLL
       for (int j = 0; j < JB; ++j) k[h * JB + j] = rows[j] + at[h];
     }
-    constexpr int kSpan = kLine > kUnit ? kLine : kUnit;
     int d = 0;
     for (; d + kSpan <= dim; d += kSpan) {
       const RowStream::Lines lines = stream.take<kLines>();
       FASTOPS_UNROLL
       for (int u = 0; u < kSpan; u += kUnit, q += W * W) {
-        step<RB, true>(acc, k, d + u, kUnit, q, [&](int i) FASTOPS_LAMBDA {
-          lines.ask<kLines>(u / kUnit * HB * RB + i, kSpan / kUnit * HB * RB);
-        });
+        step<RB, true>(
+            acc, [&](int h, int j) FASTOPS_LAMBDA { return k[h * JB + j] + d + u; }, kUnit, q,
+            [&](int i) FASTOPS_LAMBDA { lines.ask<kLines>(u / kUnit * HB * RB + i, kSpan / kUnit * HB * RB); });
       }
     }
     if (d < dim) stream.step(kLines);
     for (; d < dim; d += kUnit, q += W * W)
-      step<RB, false>(acc, k, d, dim - d < kUnit ? dim - d : kUnit, q, [](int) FASTOPS_LAMBDA {});
+      step<RB, false>(
+          acc, [&](int h, int j) FASTOPS_LAMBDA { return k[h * JB + j] + d; }, dim - d < kUnit ? dim - d : kUnit, q,
+          [](int) FASTOPS_LAMBDA {});
     return vreduce(acc);
   }
   // One vector of each row. `ask` is called with the number of every lane.
-  template <int RB, bool kWhole, size_t kRows, class Ask>
-  static FASTOPS_INLINE void step(vf (&acc)[W], const T* const (&k)[kRows], int d, int n, const float* q, Ask&& ask) {
+  template <int RB, bool kWhole, class Key, class Ask>
+  static FASTOPS_INLINE void step(vf (&acc)[W], Key&& key, int n, const float* q, Ask&& ask) {
     constexpr int kBlock = block_lanes(RB), JB = W / kBlock, HB = kBlock / RB;
     FASTOPS_UNROLL
     for (int h = 0; h < HB; ++h) {
 #if defined(FASTOPS_HAS_BF16_DOT)
       if constexpr (kDot16<T>) {
-        __m512bh x[JB];
+        __m512i x[JB];
         FASTOPS_UNROLL
         for (int j = 0; j < JB; ++j) {
-          const T* from = k[h * JB + j] + d;
-          x[j] = (__m512bh)(kWhole ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi16((1u << n) - 1u, from));
+          const T* from = key(h, j);
+          x[j] = kWhole ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi16((1u << n) - 1u, from);
         }
         FASTOPS_UNROLL
         for (int i = h * RB; i < (h + 1) * RB; ++i) {
-          const __m512bh y = (__m512bh)_mm512_loadu_si512(q + i * W);
+          const __m512i y = _mm512_loadu_si512(q + i * W);
           FASTOPS_UNROLL
-          for (int j = 0; j < JB; ++j) acc[j * kBlock + i] = _mm512_dpbf16_ps(acc[j * kBlock + i], y, x[j]);
+          for (int j = 0; j < JB; ++j) acc[j * kBlock + i] = vdot_bf16(acc[j * kBlock + i], x[j], y);
           ask(i);
         }
         continue;
@@ -235,7 +256,7 @@ struct Lanes : LaneRows<Direct<T>, sizeof(T) == 2> {  // two keys at once load l
 #endif
       vf x[JB];
       FASTOPS_UNROLL
-      for (int j = 0; j < JB; ++j) x[j] = kWhole ? vload(k[h * JB + j] + d) : vloadn(k[h * JB + j] + d, n);
+      for (int j = 0; j < JB; ++j) x[j] = kWhole ? vload(key(h, j)) : vloadn(key(h, j), n);
       FASTOPS_UNROLL
       for (int i = h * RB; i < (h + 1) * RB; ++i) {
         const vf y = vload(q + i * W);
@@ -256,6 +277,15 @@ struct Lanes : LaneRows<Direct<T>, sizeof(T) == 2> {  // two keys at once load l
   }
   template <int RB>
   void scores_of(int n) {
+    if constexpr (RB <= 2)  // many heads, many addresses
+      if (w.heads % (block_lanes(RB) / RB) == 0 && w.k_step == w.D) {
+        if (w.D == 64) return scores_in<RB, 64>(n);
+        if (w.D == 128) return scores_in<RB, 128>(n);
+      }
+    scores_in<RB, 0>(n);
+  }
+  template <int RB, int kDim>
+  void scores_in(int n) {
     constexpr int kBlock = block_lanes(RB), JB = W / kBlock, HB = kBlock / RB;
     const int now = this->lead < n ? this->lead : n, dim = w.D, vectors = groups, heads = w.heads;
     RowStream stream(w.kr + now, n - now, this->k_bytes, w.vr, now, this->v_bytes, now, n);
@@ -266,11 +296,11 @@ struct Lanes : LaneRows<Direct<T>, sizeof(T) == 2> {  // two keys at once load l
       const float* q = w.q;
       const int64_t* at = this->k_at;
       for (int g = 0; g < vectors; ++g, at += JB * HB, q += q_step) {
-        const vf a = dots<RB>(stream, rows + j, at, dim, q);
+        const vf a = dots<RB, kDim>(stream, rows + j, at, dim, q);
         if constexpr (JB == 1) {
           vstore(s + g * W, a);
         } else {
-          const vf b = g * group + HB < heads ? dots<RB>(stream, rows + j, at + HB, dim, q + kBlock * W) : a;
+          const vf b = g * group + HB < heads ? dots<RB, kDim>(stream, rows + j, at + HB, dim, q + kBlock * W) : a;
           vstore(s + g * W, vjoin_low(a, b));
           vstore(s + pitch + g * W, vjoin_high(a, b));
         }
@@ -348,9 +378,9 @@ struct Lanes : LaneRows<Direct<T>, sizeof(T) == 2> {  // two keys at once load l
         }
         FASTOPS_UNROLL
         for (int r = 0; r < RB; ++r) {
-          const __m512bh pj = (__m512bh)_mm512_castps_si512(vset(weights[r]));
+          const __m512i pj = _mm512_castps_si512(vset(weights[r]));
           FASTOPS_UNROLL
-          for (int c = 0; c < NV; ++c) acc[r][c] = _mm512_dpbf16_ps(acc[r][c], pj, (__m512bh)x[c]);
+          for (int c = 0; c < NV; ++c) acc[r][c] = vdot_bf16(acc[r][c], x[c], pj);
           lines.ask<kLines>(r, RB);
         }
       }
