@@ -139,6 +139,59 @@ FASTOPS_INLINE float norm_squares(const T* x, const T* r, int64_t n, float mean,
   });
 }
 
+// A row of results and, meanwhile, the sum of squares of the next one, in norm_squares' order: memory sees one even
+// stream of reads and one of writes, whose lines are asked for kNormLead bytes ahead, in the rows behind where these
+// end.
+constexpr int64_t kNormLead = 2 << 10;
+template <bool kFinish, class O, class T>
+FASTOPS_INLINE float norm_finish_and_sum(const NormRow<T, false, false> row, O* out, const T* next, const T* after,
+                                         const O* next_out, int64_t n) {
+  constexpr int64_t kAheadX = kNormLead / static_cast<int>(sizeof(T)),
+                    kAheadO = kNormLead / static_cast<int>(sizeof(O));
+  vf acc[4] = {vzero(), vzero(), vzero(), vzero()};
+  int64_t i = 0;
+  for (; i + 8 * W <= n; i += 8 * W) {
+    const T* const ask = i + kAheadX < n ? next + i + kAheadX : after + (i + kAheadX - n);
+    const O* const to = i + kAheadO < n ? out + i + kAheadO : next_out + (i + kAheadO - n);
+    FASTOPS_UNROLL
+    for (int u = 0; u < 8 * W; u += 2 * W) {
+      FASTOPS_UNROLL
+      for (int k = 0; k < 2 * W; k += 64 / static_cast<int>(sizeof(T))) vprefetch(ask + u + k);
+      FASTOPS_UNROLL
+      for (int k = 0; k < 2 * W; k += 64 / static_cast<int>(sizeof(O))) vprefetch_to_write(to + u + k);
+      acc[u / (2 * W)] = vadd_squares2(acc[u / (2 * W)], next + i + u);
+      if constexpr (kFinish) vstore2(out + i + u, row.one(i + u, W), row.one(i + u + W, W));
+    }
+  }
+  for (; i < n; i += W) {
+    const int m = static_cast<int>(n - i < W ? n - i : W);
+    const vf s = vloadn(next + i, m);
+    acc[0] = vfma(s, s, acc[0]);
+    if constexpr (kFinish) vstoren(out + i, row.one(i, m), m);
+  }
+  return vsum(vadd(vadd(acc[0], acc[1]), vadd(acc[2], acc[3])));
+}
+
+template <class T, class O>
+void norm_rows_in_turn(const NormArgs& a, int64_t first, int64_t last) {
+  const float count = 1.0f / static_cast<float>(a.n);
+  const auto input = [&](int64_t row) FASTOPS_LAMBDA { return reinterpret_cast<const T*>(a.x.at(row)); };
+  const auto result = [&](int64_t row) FASTOPS_LAMBDA { return reinterpret_cast<O*>(a.out.at(row)); };
+  const auto behind = [&](int64_t row) FASTOPS_LAMBDA { return input(row + 1 < a.rows ? row + 1 : row); };
+  const NormRow<T, false, false> none{nullptr, nullptr, nullptr, nullptr, nullptr, vzero(), vzero()};
+  float squares = norm_finish_and_sum<false>(none, result(first), input(first), behind(first), result(first), a.n);
+  for (int64_t row = first; row < last; ++row) {
+    const float rstd = 1.0f / __builtin_sqrtf(squares * count + a.eps);
+    if (a.rstd) a.rstd[row] = rstd;
+    const T* const x = input(row);
+    const NormRow<T, false, false> now{x, nullptr, nullptr, a.weight, a.bias, vzero(), vset(rstd)};
+    if (row + 1 < last)
+      squares = norm_finish_and_sum<true>(now, result(row), input(row + 1), behind(row + 1), result(row + 1), a.n);
+    else
+      norm_finish<false>(now, result(row), NormNext<T>{row + 1 < a.rows ? input(row + 1) : nullptr, nullptr}, a.n);
+  }
+}
+
 template <class T, class O, bool kAdd, bool kLayer, bool kStream>
 void norm_rows(const NormArgs& a, int64_t first, int64_t last, float* scratch) {
   const float count = 1.0f / static_cast<float>(a.n);
@@ -183,6 +236,11 @@ void norm_as(const NormArgs& a, int64_t first, int64_t last, float* scratch) {
   if constexpr (sizeof(O) > 1)
     if (a.stream) {
       norm_rows<T, O, false, kLayer, true>(a, first, last, scratch);
+      return;
+    }
+  if constexpr (sizeof(O) > 1 && !kLayer)
+    if (a.n * static_cast<int64_t>(sizeof(T) < sizeof(O) ? sizeof(T) : sizeof(O)) >= 2 * kNormLead) {
+      norm_rows_in_turn<T, O>(a, first, last);
       return;
     }
   norm_rows<T, O, false, kLayer, false>(a, first, last, scratch);
