@@ -122,7 +122,7 @@ def test_random_shapes_and_orders(isa, shape, n, dtype, seed):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n", [1, 15, 16, 17, 100])
+@pytest.mark.parametrize("n", [1, 15, 16, 17, 100, 2113])
 @pytest.mark.parametrize("end", [True, False])
 def test_stays_inside_its_tensors(isa, dtype, n, end):
     def guard(*shape, dtype=dtype):
@@ -151,6 +151,20 @@ def test_same_bits_for_any_number_of_threads(isa):
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for r in results[1:] for a, b in zip(results[0], r, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_long_rows_one_after_another(isa, dtype):
+    """Long rows are finished while the next one is summed: each has the bits it has alone, however they lie, in place too."""
+    x, w = torch.randn(9, 2500).to(dtype), torch.randn(2113).to(dtype)
+    for rows in (x[:, :2113], x[::2, 387:], x[:1, :2113].expand(5, 2113), x[:, :2048]):
+        weight = w[: rows.shape[1]]
+        alone = torch.cat([fastops.rms_norm(r[None].clone(), weight, 1e-5) for r in rows])
+        assert torch.equal(check(rows, weight, 0.0), alone)
+    view = x[:, 100:2213]
+    want = fastops.rms_norm(view.clone(), w)
+    fastops.rms_norm(view, w, out=view)
+    assert torch.equal(view, want)
 
 
 def test_large_results_pass_the_caches(isa):
