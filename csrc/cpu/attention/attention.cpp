@@ -101,8 +101,7 @@ Splits splits_of(const AttentionParams& p, const Sequence& s) {
 }
 
 // The cost of a split, 0 for none, when a call has `base` items of at least `least`, at most `most`, `total` together.
-double split_cost(int64_t base, double least, double most, double total) {
-  const int64_t cores = plan_cores();
+double split_cost(int64_t cores, int64_t base, double least, double most, double total) {
   if (base == 0 || cores == 1 || (base >= 4 * cores && most * static_cast<double>(2 * cores) <= total)) return 0.0;
   if (most > 1.25 * least) return total / static_cast<double>(4 * cores);
   int64_t n = 1;  // all alike: the smallest number of splits with which every core has as many, or many enough
@@ -111,7 +110,7 @@ double split_cost(int64_t base, double least, double most, double total) {
 }
 
 // Fills p.block_rows and p.split_cost, and (when given) the prefix sums of items and partial rows per sequence.
-Plan make_plan(AttentionParams& p, int64_t* item_prefix, int64_t* partial_prefix) {
+Plan make_plan(AttentionParams& p, int64_t cores, int64_t* item_prefix = nullptr, int64_t* partial_prefix = nullptr) {
   Plan plan;
   p.block_rows = block_rows_for(p.D, p.Dv);
   p.split_cost = 0.0;
@@ -165,7 +164,7 @@ Plan make_plan(AttentionParams& p, int64_t* item_prefix, int64_t* partial_prefix
     }
     return rows * (p.Dv + 1) * static_cast<int64_t>(sizeof(float));
   };
-  p.split_cost = split_cost(items, least, most, total);
+  p.split_cost = split_cost(cores, items, least, most, total);
   while (p.split_cost > 0.0 && partial_bytes() > kPartialBudget) p.split_cost *= 2.0;
   for (int64_t b = 0; b < p.B; ++b) {
     const Sequence s = sequence(p, b);
@@ -294,7 +293,7 @@ extern "C" fastops_status fastops_attention_workspace(const fastops_attention_de
   AttentionParams p;
   const fastops_status status = check_attention(*desc, &p, env ? env->message : nullptr);
   if (status != FASTOPS_OK) return status;
-  const Plan plan = make_plan(p, nullptr, nullptr);
+  const Plan plan = make_plan(p, plan_cores());
   *bytes = static_cast<size_t>(Layout(p, plan, workers_of(env, plan)).total);
   return FASTOPS_OK;
 }
@@ -309,7 +308,8 @@ extern "C" fastops_status fastops_attention_fwd(const fastops_attention_desc* de
     set_message(env->message, "%s", refusal);
     return FASTOPS_ERR_UNSUPPORTED;
   }
-  const Plan plan = make_plan(p, nullptr, nullptr);
+  const int64_t cores = plan_cores();  // once: it may be set meanwhile
+  const Plan plan = make_plan(p, cores);
   const int workers = workers_of(env, plan);
   const Layout at(p, plan, workers);
   if (static_cast<int64_t>(env->workspace_size) < at.total || env->workspace == nullptr) {
@@ -325,7 +325,7 @@ extern "C" fastops_status fastops_attention_fwd(const fastops_attention_desc* de
   auto* partial_prefix = reinterpret_cast<int64_t*>(ws + at.partial_prefix);
   auto* partial_out = reinterpret_cast<float*>(ws + at.partial_out);
   auto* partial_lse = reinterpret_cast<float*>(ws + at.partial_lse);
-  make_plan(p, item_prefix, partial_prefix);
+  make_plan(p, cores, item_prefix, partial_prefix);
   fastops_env inner = *env;
   inner.num_threads = workers;
   parallel_items(inner, plan.items, [&](int64_t i, int worker) {

@@ -179,8 +179,8 @@ struct Lanes : LaneRows<Direct<T>, sizeof(T) == 2> {  // two keys at once load l
     first.step(1 << 10);
   }
 
-  // [JB keys][block of lanes] = q k^T, of JB keys and the heads of a block. kDim: of heads that lie side by side in a
-  // row, as many as lanes are there for; then every address is the row's and a number the compiler knows.
+  // [JB keys][block of lanes] = q k^T, of JB keys and the heads of a block. kDim: the size of heads that lie side by
+  // side and fill the block (every address is then the row's and a constant), or 0.
   template <int RB, int kDim>
   static FASTOPS_INLINE vf dots(RowStream& stream, const T* const* rows, const int64_t* at, int dim, const float* q) {
     constexpr int kBlock = block_lanes(RB), JB = W / kBlock, HB = kBlock / RB;
@@ -200,9 +200,7 @@ struct Lanes : LaneRows<Direct<T>, sizeof(T) == 2> {  // two keys at once load l
         for (int u = 0; u < kSpan; u += kUnit, q += W * W) {
           step<RB, true>(
               acc, [&](int h, int j) FASTOPS_LAMBDA { return k[j] + h * kDim + d + u; }, kUnit, q,
-              [&](int i) FASTOPS_LAMBDA {
-                lines.ask<kLines>(u / kUnit * HB * RB + i, kSpan / kUnit * HB * RB);
-              });
+              [&](int i) FASTOPS_LAMBDA { lines.ask<kLines>(u / kUnit * HB * RB + i, kSpan / kUnit * HB * RB); });
         }
       }
       return vreduce(acc);
