@@ -58,12 +58,12 @@ struct RowStream {
   // already.)
   struct Lines {
     const char *first = nullptr, *late = nullptr;
-    // Those of step `i` out of `steps`.
-    template <int kLines>
+    // Those of step `i` out of `steps`. kHere: at this very place.
+    template <int kLines, bool kHere = false>
     FASTOPS_INLINE void ask(int i, int steps) const {
       for (int k = i * kLines / steps; k < (i + 1) * kLines / steps; ++k) {
-        vprefetch(first + 64 * k);
-        vprefetch(late + 64 * k);
+        kHere ? vprefetch_here(first + 64 * k) : vprefetch(first + 64 * k);
+        kHere ? vprefetch_here(late + 64 * k) : vprefetch(late + 64 * k);
       }
     }
   };

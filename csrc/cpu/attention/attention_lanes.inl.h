@@ -200,7 +200,7 @@ struct Lanes : LaneRows<Direct<T>, sizeof(T) == 2> {  // two keys at once load l
         for (int u = 0; u < kSpan; u += kUnit, q += W * W) {
           step<RB, true>(
               acc, [&](int h, int j) FASTOPS_LAMBDA { return k[j] + h * kDim + d + u; }, kUnit, q,
-              [&](int i) FASTOPS_LAMBDA { lines.ask<kLines>(u / kUnit * HB * RB + i, kSpan / kUnit * HB * RB); });
+              [&](int i) FASTOPS_LAMBDA { lines.ask<kLines, true>(u / kUnit * HB * RB + i, kSpan / kUnit * HB * RB); });
         }
       }
       return vreduce(acc);
