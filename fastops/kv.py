@@ -291,13 +291,9 @@ class PagedCache:
             shape: tuple[int, ...] = (pages, page // side.tokens, heads)
             if side.channels:
                 shape = (*shape, d // side.channels)
-            # integer kernels of 8 bits read 16 tokens of a head at once, those of 4 bits and e4m3 all heads of a token
-            turned = len(shape) == 3 and side.bits == 8 and side.dtype != torch.float8_e4m3fn
-            stored = (pages, heads, page) if turned else shape
             for name, value in (("scale", 1.0), (side.shift, 0.0)):
                 if name:
-                    t = torch.full(stored, value, dtype=side.scale_dtype, device=device)
-                    numbers[f"{role}_{name}"] = t.transpose(1, 2) if turned else t
+                    numbers[f"{role}_{name}"] = torch.full(shape, value, dtype=side.scale_dtype, device=device)
             numbers[f"{role}_bits"] = side.packed_bits
         self.recent = recent if self.format.recent else 0
         if self.format.recent:

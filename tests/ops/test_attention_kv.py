@@ -113,7 +113,7 @@ def test_products_of_codes(isa, name, dtype, hkv, group, d, dv):
     ("hkv", "group", "d", "dv"),
     [(8, 4, 128, 128), (16, 1, 64, 192), (9, 1, 128, 256), (6, 2, 128, 128), (5, 8, 256, 24), (4, 3, 16, 40)],
 )
-@pytest.mark.parametrize("format", ["kv4", "fp8_token"])
+@pytest.mark.parametrize("format", ["int8", "kv8", "kv4", "fp8_token"])
 def test_whatever_lies_beside_what(isa, turned, scales, hkv, group, d, dv, format):
     """Scales of every type, heads or tokens side by side; the dtype of one side's may differ."""
     cache, table, have = filled(format, [333, 64], page=16, hkv=hkv, d=d, dv=dv, dtype=torch.bfloat16)
@@ -130,12 +130,40 @@ def test_whatever_lies_beside_what(isa, turned, scales, hkv, group, d, dv, forma
     assert_matches(out, want, near, factor=2, what=format)
 
 
-@pytest.mark.parametrize("name", ["int8", "kv4", "fp8_token"])
-def test_numbers_that_are_none_stay_in_their_rows(isa, name):
+@pytest.mark.parametrize("name", ["int8", "kv8", "kv4"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("hkv", "group"), [(8, 4), (8, 1), (1, 8)])
+def test_largest_codes_and_smallest_weights(isa, name, dtype, hkv, group):
+    """Nothing overflows where every code and every number of q is as large as can be; and beside a key that has half
+    of the weight, a thousand that share the rest are not lost."""
+    cache, table, have = filled(name, [1000], hkv=hkv, d=256, dtype=dtype)
+    largest = {"int8": 127, "kv8": 255, "kv4": 255}[name]
+    q = torch.full((1, hkv * group, 256), 3.0).to(dtype)
+    for low in (largest, {"int8": -128}.get(name, 0)):  # the same everywhere, or one of two
+        cache.k[:, 1::2], cache.v[:, 1::2] = low, low
+        cache.k[:, ::2] = cache.v[:, ::2] = largest
+        args = (q, cache, table, have, None)
+        out = fastops.attention_paged(q, cache.k, cache.v, table, have, quant=cache.quant, scale=1e-4)
+        assert_matches(out, exact(*args, scale=1e-4)[0], same(*args, scale=1e-4)[0], factor=2, what=name)
+    cache, table, have = filled(name, [1000], hkv=hkv, d=256, dtype=dtype)
+    first = int(table[0, 0])
+    keys = _kv.gather("k", cache.k, table[0, :1].long(), 1, 1, 0, cache.quant, torch.float32)[0]  # [heads, d]
+    q = (keys / (keys * keys).sum(-1, keepdim=True)).repeat_interleave(group, 0)[None].to(dtype)
+    cache.v[first, 0] = 0  # the weight of all others is what is left
+    args = (q, cache, table, have, None)
+    _, others = exact(*args, scale=0.0)
+    scale = float(others[0, 0])  # of 1 to the first key: as much as all others together
+    out = fastops.attention_paged(q, cache.k, cache.v, table, have, quant=cache.quant, scale=scale)
+    assert_matches(out, exact(*args, scale=scale)[0], same(*args, scale=scale)[0], factor=2, what=name)
+
+
+@pytest.mark.parametrize("name", ["int8", "kv8", "kv4", "fp8_token"])
+@pytest.mark.parametrize("hkv", [2, 8])
+def test_numbers_that_are_none_stay_in_their_rows(isa, name, hkv):
     """A NaN or infinity of q, of a key's scale and of a value's: those rows are NaN, all others as before."""
     for dtype in (torch.bfloat16, torch.float16):
-        cache, table, have = filled(name, [200, 40], hkv=2, d=64, dtype=dtype)
-        q = torch.randn(2, 4, 64).to(dtype)
+        cache, table, have = filled(name, [200, 40], hkv=hkv, d=64, dtype=dtype)
+        q = torch.randn(2, 2 * hkv, 64).to(dtype)
 
         def run(q, have=have, cache=cache, table=table):
             return fastops.attention_paged(q, cache.k, cache.v, table, have, quant=cache.quant)
@@ -153,9 +181,10 @@ def test_numbers_that_are_none_stay_in_their_rows(isa, name):
             before = scale[page, 7, 1].clone()
             scale[page, 7, 1] = torch.nan
             out = run(q)
-            assert bool(out[1, 2:].isnan().all())
+            assert bool(out[1, 2:4].isnan().all())
             assert torch.equal(out[0], clean[0])
-            assert torch.equal(out[1, :2], clean[1, :2])
+            out[1, 2:4] = clean[1, 2:4]
+            assert torch.equal(out, clean)
             scale[page, 8, 1] = torch.nan  # behind the end
             scale[page, 7, 1] = before
             assert torch.equal(run(q), clean)

@@ -15,6 +15,7 @@
 #include "cpu/attention/attention_quant.inl.h"
 #include "cpu/attention/attention_scales.inl.h"
 // (and two more, over their scales)
+#include "cpu/attention/attention_lane_kinds.inl.h"
 #include "cpu/attention/attention_lane_codes.inl.h"
 #include "cpu/attention/attention_codes.inl.h"
 
@@ -244,9 +245,16 @@ void run_source(const AttentionParams& p, const AttentionItem& it, const Sequenc
 }
 
 #if defined(FASTOPS_HAS_VNNI)
-template <template <int> class Mode, int kKind>
+template <class Mode, int kKind>
 void run_codes(const AttentionParams& p, const AttentionItem& it, const Sequence& s, float* scratch) {
-  run_epilogue<Mode<kKind>, PagedSource<Code<kKind>>>(p, it, s, scratch);
+  run_epilogue<Mode, PagedSource<Code<kKind>>>(p, it, s, scratch);
+}
+template <int kKind>
+void run_whole(const AttentionParams& p, const AttentionItem& it, const Sequence& s, float* scratch) {
+#if defined(FASTOPS_HAS_BF16_DOT)
+  if (!is_general(p) && LaneCodes<kKind>::fits(p, it)) return run_codes<LaneCodes<kKind>, kKind>(p, it, s, scratch);
+#endif
+  run_codes<Codes<kKind>, kKind>(p, it, s, scratch);
 }
 #endif
 
@@ -258,15 +266,9 @@ void attention_item(const AttentionParams& p, const AttentionItem& it, float* sc
   if (p.quant) {  // decoded to what the products take: bf16 where the hardware multiplies it, otherwise fp32
 #if defined(FASTOPS_HAS_VNNI)
     if (p.dtype != 1) {
-      if (one_scale_a_key(p, it, kKvI8)) return run_codes<Codes, kKvI8>(p, it, s, scratch);
-      if (one_scale_a_key(p, it, kKvU8)) return run_codes<Codes, kKvU8>(p, it, s, scratch);
-      if (one_scale_a_key(p, it, kKvU4)) {
-#if defined(FASTOPS_HAS_BF16_DOT)
-        if (p.dtype == 3 && !is_general(p) && LaneCodes<kKvU4>::fits(p, it))
-          return run_codes<LaneCodes, kKvU4>(p, it, s, scratch);
-#endif
-        return run_codes<Codes, kKvU4>(p, it, s, scratch);
-      }
+      if (one_scale_a_key(p, it, kKvI8)) return run_whole<kKvI8>(p, it, s, scratch);
+      if (one_scale_a_key(p, it, kKvU8)) return run_whole<kKvU8>(p, it, s, scratch);
+      if (one_scale_a_key(p, it, kKvU4)) return run_whole<kKvU4>(p, it, s, scratch);
     }
 #endif
 #if defined(FASTOPS_HAS_BF16_DOT)
@@ -275,7 +277,7 @@ void attention_item(const AttentionParams& p, const AttentionItem& it, float* sc
       AttentionItem item = it;
       fold_scales(folded, item);
       if (codes_of_keys(folded, item, kKvF8) && !is_general(folded) && LaneCodes<kKvF8>::fits(folded, item))
-        return run_codes<LaneCodes, kKvF8>(folded, item, s, scratch);
+        return run_codes<LaneCodes<kKvF8>, kKvF8>(folded, item, s, scratch);
       return run_mode<QuantSource<bf16>>(folded, item, s, scratch);
     }
 #endif

@@ -14,124 +14,12 @@
 namespace fastops::cpu::FASTOPS_ISA {
 namespace {
 
-// How a vector of 64 bytes of codes becomes bf16: opened once, it gives kParts vectors of numbers, each with as many
-// channels of every 128-bit lane. Values stand beside those of another key, in kGroups groups of four vectors.
-template <int kKind>
-struct LaneCode;
-
-template <>
-struct LaneCode<kKvU4> {
-  static constexpr int kParts = 4, kGroups = 2;
-  static constexpr bool kShifted = true, kHasNaN = false;
-  static constexpr float kKeyMiddle = -128.0f, kValueMiddle = 8.0f;
-  static bool fits(const KvSide&) { return true; }
-  using Open = __m512i;
-  static FASTOPS_INLINE Open open(__m512i x) { return x; }
-  // Nibble n of 32 words, as 128 + code.
-  template <int n>
-  static FASTOPS_INLINE __m512bh nibble(__m512i x) {
-    const __m512i shifted = n > 0 ? _mm512_srli_epi16(x, 4 * n) : x;
-    return (__m512bh)_mm512_ternarylogic_epi32(shifted, _mm512_set1_epi16(15), _mm512_set1_epi16(0x4300), 0xea);
-  }
-  static FASTOPS_INLINE __m512bh part(__m512i x, int n) {
-    return n == 0 ? nibble<0>(x) : n == 1 ? nibble<1>(x) : n == 2 ? nibble<2>(x) : nibble<3>(x);
-  }
-  // Words of the first or the second half of each 128-bit lane, as many channels of two keys.
-  static FASTOPS_INLINE void pairs(__m512i a, __m512i b, int group, __m512bh (&v)[4]) {
-    const __m512i x = group == 1 ? _mm512_unpackhi_epi16(a, b) : _mm512_unpacklo_epi16(a, b);
-    FASTOPS_UNROLL
-    for (int n = 0; n < 4; ++n) v[n] = part(x, n);
-  }
-  // 32 channels of q as they meet the parts.
-  static FASTOPS_INLINE __m128i q_part(__m512i x, int n) {
-    return _mm512_cvtepi64_epi16(n ? _mm512_srli_epi64(x, 16 * n) : x);
-  }
-  // The columns of a chunk of o in order: word 8 b + 4 group + t of the chunk stands in lane 4 b + t.
-  static FASTOPS_INLINE void in_order(const float* from, float* to, vf added) {
-    vf x[2][4];
-    for (int n = 0; n < 8; ++n) x[n / 4][n % 4] = vload(from + n * W);
-    for (int half = 0; half < 2; ++half) {
-      const vf ab = _mm512_unpacklo_ps(x[half][0], x[half][1]), cd = _mm512_unpacklo_ps(x[half][2], x[half][3]);
-      const vf AB = _mm512_unpackhi_ps(x[half][0], x[half][1]), CD = _mm512_unpackhi_ps(x[half][2], x[half][3]);
-      const vf t[4] = {_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee),
-                       _mm512_shuffle_ps(AB, CD, 0x44), _mm512_shuffle_ps(AB, CD, 0xee)};  // [t][lane b][n]
-      vf b[4];
-      vturn_lanes(t, b);
-      for (int i = 0; i < 4; ++i) vstore(to + 32 * i + 16 * half, vadd(b[i], added));
-    }
-  }
-};
-
-// The two bytes of the bf16 number that each magnitude of e4m3 stands for: 7 is its bias, the largest code a NaN.
-struct F8Bytes {
-  uint8_t low[128], high[128];
-  constexpr F8Bytes() : low(), high() {
-    for (int code = 0; code < 128; ++code) {
-      int exponent = code >> 3, mantissa = (code & 7) << 4;
-      if (exponent > 0) {
-        exponent += 120;
-      } else if (mantissa > 0) {  // no leading one: 1 to 7 times 2^-9
-        for (exponent = 121; mantissa < 128; --exponent) mantissa *= 2;
-        mantissa -= 128;
-      }
-      const int bits = code == 127 ? 0x7fc0 : exponent << 7 | mantissa;
-      low[code] = static_cast<uint8_t>(bits);
-      high[code] = static_cast<uint8_t>(bits >> 8);
-    }
-  }
-};
-alignas(64) constexpr F8Bytes kF8Bytes;
-
-template <>
-struct LaneCode<kKvF8> {
-  static constexpr int kParts = 2, kGroups = 1;
-  static constexpr bool kShifted = false, kHasNaN = true;
-  static constexpr float kKeyMiddle = 0.0f, kValueMiddle = 0.0f;
-  static bool fits(const KvSide& side) { return side.shift == nullptr && isa_permutes_bytes(); }
-  struct Open {
-    __m512i low, high;
-  };
-  // Bytes of a table of 128 by the lower seven bits of x. (In assembly, because only processors with VBMI have it,
-  // which `fits` asks at run time.)
-  static FASTOPS_INLINE __m512i look_up(__m512i x, const uint8_t* table) {
-    asm("vpermi2b %2, %1, %0" : "+v"(x) : "v"(_mm512_load_si512(table)), "vm"(_mm512_load_si512(table + 64)));
-    return x;
-  }
-  static FASTOPS_INLINE Open open(__m512i x) {
-    const __m512i sign = _mm512_set1_epi8(static_cast<char>(0x80));
-    return {look_up(x, kF8Bytes.low), _mm512_ternarylogic_epi32(look_up(x, kF8Bytes.high), x, sign, 0xf8)};
-  }
-  static FASTOPS_INLINE __m512bh part(const Open& x, int n) {
-    return (__m512bh)(n ? _mm512_unpackhi_epi8(x.low, x.high) : _mm512_unpacklo_epi8(x.low, x.high));
-  }
-  static bool has_nan(__m512i x) {
-    const __m512i nan = _mm512_set1_epi8(127);
-    return _mm512_cmpeq_epi8_mask(_mm512_and_si512(x, nan), nan) != 0;
-  }
-  static FASTOPS_INLINE void pairs(__m512i a, __m512i b, int, __m512bh (&v)[4]) {
-    const Open first = open(a), second = open(b);
-    FASTOPS_UNROLL
-    for (int n = 0; n < 4; ++n) {
-      const auto x = (__m512i)part(first, n / 2), y = (__m512i)part(second, n / 2);
-      v[n] = (__m512bh)(n % 2 ? _mm512_unpackhi_epi16(x, y) : _mm512_unpacklo_epi16(x, y));
-    }
-  }
-  static FASTOPS_INLINE __m128i q_part(__m512i x, int n) {
-    return n ? _mm512_extracti32x4_epi32(x, 1) : _mm512_castsi512_si128(x);
-  }
-  // Channel 16 b + 4 n + t of a chunk stands in lane 4 b + t of vector n.
-  static FASTOPS_INLINE void in_order(const float* from, float* to, vf) {
-    const vf x[4] = {vload(from), vload(from + W), vload(from + 2 * W), vload(from + 3 * W)};
-    vf y[4];
-    vturn_lanes(x, y);
-    for (int i = 0; i < 4; ++i) vstore(to + i * W, y[i]);
-  }
-};
-
 template <int kKind>
 struct LaneCodes : LaneRows<CodeMode<kKind>, true> {
   using Rows = LaneRows<CodeMode<kKind>, true>;
   using Kind = LaneCode<kKind>;
+  using Sum = typename Kind::Sum;
+  static constexpr bool kIntegers = Kind::kIntegers;
   using Elem = Code<kKind>;
   using Rows::block_lanes, Rows::bytes, Rows::columns, Rows::group, Rows::groups, Rows::head_of, Rows::is_row,
       Rows::k_at, Rows::k_bytes, Rows::l, Rows::lane_of, Rows::lanes, Rows::m, Rows::next, Rows::p, Rows::part,
@@ -144,8 +32,9 @@ struct LaneCodes : LaneRows<CodeMode<kKind>, true> {
   static constexpr int kPart = 4 * W;           // columns of o in a group of vectors
   static constexpr int kLeastKeys = 32;         // of a tile
   int block, lead;
-  int64_t q_step;  // from a block of q to the next
-  float* q_sum;    // [lanes]
+  int64_t q_step;            // from a block of q to the next
+  float* q_sum;              // [lanes], as those below
+  float *q_scale, *p_scale;  // what 1 of q and of the weights of a tile stands for, where these are whole numbers
   HeadNumbers k_numbers, v_numbers;
   bool found = false;
   vi head_in[kDirectRows];  // the head of each lane, for each vector of rows
@@ -159,8 +48,10 @@ struct LaneCodes : LaneRows<CodeMode<kKind>, true> {
     part = kPart;
     rest = m + lanes;
     q_sum = rest + lanes;
+    q_scale = q_sum + lanes;
+    p_scale = q_scale + lanes;
     std::memset(w.q, 0, sizeof(float) * static_cast<size_t>(lanes / kLanes * q_step));
-    std::memset(rest, 0, sizeof(float) * static_cast<size_t>(2 * lanes));
+    std::memset(rest, 0, sizeof(float) * static_cast<size_t>(4 * lanes));
     for (int g = 0; g < groups; ++g) {
       int32_t heads[W];
       for (int i = 0; i < W; ++i) heads[i] = is_row(g * W + i) ? head_of(g * W + i) : 0;
@@ -188,23 +79,45 @@ struct LaneCodes : LaneRows<CodeMode<kKind>, true> {
 
   // q as [blocks][quarters of a vector of codes][parts][lanes][8 channels].
   void load_q(const AttentionParams&, const AttentionItem& it, const Sequence& seq, int h) {
-    const bf16* base =
-        reinterpret_cast<const bf16*>(p.q) + it.b * p.q_sb + seq.q0 * p.q_ss + (it.hkv + h) * p.G * p.q_sh;
-    const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
+    if (kIntegers && p.dtype == 2) return load_q_as<f16>(it, seq, h);
+    load_q_as<bf16>(it, seq, h);
+  }
+  template <class Q>
+  void load_q_as(const AttentionItem& it, const Sequence& seq, int h) {
+    const Q* base = reinterpret_cast<const Q*>(p.q) + it.b * p.q_sb + seq.q0 * p.q_ss + (it.hkv + h) * p.G * p.q_sh;
     for (int r = 0; r < w.rows; ++r) {
       const int64_t at = it.row0 + r, lane = lane_of(h, r);
-      const bf16* src = base + at / p.G * p.q_ss + at % p.G * p.q_sh;
+      const Q* src = base + at / p.G * p.q_ss + at % p.G * p.q_sh;
+      alignas(64) int16_t whole[kMaxHeadDim + 2 * W];
+      if constexpr (kIntegers) q_scale[lane] = rounded(src, w.D, whole);
+      const void* words = kIntegers ? static_cast<const void*>(whole) : src;
       auto* to = reinterpret_cast<__m128i*>(w.q + lane / kLanes * q_step) + lane % kLanes;
       vf sum = vzero();
       for (int d = 0; d < w.D; d += kStep) {
         const int n = w.D - d < kStep ? w.D - d : kStep;
-        const __m512i x = _mm512_maskz_loadu_epi16(n == 32 ? ~0u : (1u << n) - 1u, src + d);
-        if (Kind::kShifted) sum = _mm512_dpbf16_ps(sum, (__m512bh)x, ones);
+        const vi x = _mm512_maskz_loadu_epi16(n == 32 ? ~0u : (1u << n) - 1u, static_cast<const int16_t*>(words) + d);
+        if (Kind::kShifted)
+          for (int i = 0; i < n; i += W) sum = vadd(sum, vloadn(src + d + i, n - i < W ? n - i : W));
         FASTOPS_UNROLL
         for (int i = 0; i < Kind::kParts; ++i, to += kLanes) _mm_storeu_si128(to, Kind::q_part(x, i));
       }
       if (Kind::kShifted) q_sum[lane] = vsum(sum);
     }
+  }
+  // A row of q as whole numbers; returns what 1 of them stands for, NaN where not all of the row is finite.
+  template <class Q>
+  static float rounded(const Q* src, int dim, int16_t* to) {
+    vf top = vzero(), poison = vzero();
+    for (int d = 0; d < dim; d += W) {
+      const vf x = vloadn(src + d, dim - d < W ? dim - d : W);
+      top = vmax(top, vabs(x));
+      poison = vfma(x, vzero(), poison);
+    }
+    const WholeScale scale(vset(vhmax(top)), vset(vall_finite(poison) ? 0.0f : __builtin_nanf("")));
+    for (int d = 0; d < dim; d += W)
+      _mm256_store_si256(reinterpret_cast<__m256i*>(to + d),
+                         _mm512_cvtepi32_epi16(scale.round(vloadn(src + d, dim - d < W ? dim - d : W))));
+    return lane0(scale.one);
   }
 
   // The first keys of an item, whose rows nobody has asked for yet.
@@ -235,13 +148,13 @@ struct LaneCodes : LaneRows<CodeMode<kKind>, true> {
 
   // The codes of four keys, turned: their first quarter of a vector side by side, and the second one.
   template <bool kWhole>
-  static FASTOPS_INLINE void turned(const Elem* const* rows, int64_t at, __mmask8 m, __m512i (&x)[2]) {
+  static FASTOPS_INLINE void turned(const Elem* const* rows, int64_t at, __mmask8 m, vi (&x)[2]) {
     const auto load = [&](int j) FASTOPS_LAMBDA {
       const uint8_t* from = reinterpret_cast<const uint8_t*>(rows[j]) + at;
       return kWhole ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)) : _mm256_maskz_loadu_epi32(m, from);
     };
-    const __m512i a = _mm512_inserti64x4(_mm512_castsi256_si512(load(0)), load(1), 1);
-    const __m512i b = _mm512_inserti64x4(_mm512_castsi256_si512(load(2)), load(3), 1);
+    const vi a = _mm512_inserti64x4(_mm512_castsi256_si512(load(0)), load(1), 1);
+    const vi b = _mm512_inserti64x4(_mm512_castsi256_si512(load(2)), load(3), 1);
     x[0] = _mm512_shuffle_i32x4(a, b, 0x88);
     x[1] = _mm512_shuffle_i32x4(a, b, 0xdd);
   }
@@ -252,16 +165,16 @@ struct LaneCodes : LaneRows<CodeMode<kKind>, true> {
   // acc[groups of keys][RB rows from lane `first`] = q code of one head, four sums in each 128-bit lane.
   template <int RB, bool kWhole, int kGroups>
   static FASTOPS_INLINE void dots(RowStream& stream, const Elem* const* rows, int64_t at, int dim, const float* q,
-                                  int first, vf (&sums)[kGroups][kLanes]) {
+                                  int first, Sum (&sums)[kGroups][kLanes]) {
     constexpr int kLines = 2 * kGroups;
-    vf acc[kGroups][RB];
+    Sum acc[kGroups][RB];
     FASTOPS_UNROLL
-    for (int i = 0; i < kGroups * RB; ++i) acc[i / RB][i % RB] = vzero();
+    for (int i = 0; i < kGroups * RB; ++i) acc[i / RB][i % RB] = Kind::none();
     const auto* from = reinterpret_cast<const __m128i*>(q) + first;
     for (int c = 0; c < dim; c += kPiece, from += 2 * Kind::kParts * kLanes) {
       const __mmask8 m = kWhole ? 0xff : doubles(dim - c);
       const RowStream::Lines lines = stream.take<kLines>();
-      __m512i x[kGroups][2];
+      vi x[kGroups][2];
       FASTOPS_UNROLL
       for (int g = 0; g < kGroups; ++g) turned<kWhole>(rows + 4 * g, at + bytes(c), m, x[g]);
       FASTOPS_UNROLL
@@ -272,15 +185,15 @@ struct LaneCodes : LaneRows<CodeMode<kKind>, true> {
         FASTOPS_UNROLL
         for (int n = 0; n < Kind::kParts; ++n) {
           const int step = half * Kind::kParts + n;
-          __m512bh v[kGroups];
+          vi v[kGroups];
           FASTOPS_UNROLL
           for (int g = 0; g < kGroups; ++g) v[g] = Kind::part(opened[g], n);
           lines.ask<kLines>(step, 2 * Kind::kParts);
           FASTOPS_UNROLL
           for (int r = 0; r < RB; ++r) {
-            const __m512bh y = (__m512bh)_mm512_broadcast_i32x4(_mm_loadu_si128(from + step * kLanes + r));
+            const vi y = _mm512_broadcast_i32x4(_mm_loadu_si128(from + step * kLanes + r));
             FASTOPS_UNROLL
-            for (int g = 0; g < kGroups; ++g) acc[g][r] = _mm512_dpbf16_ps(acc[g][r], y, v[g]);
+            for (int g = 0; g < kGroups; ++g) acc[g][r] = Kind::add(acc[g][r], y, v[g]);
           }
         }
       }
@@ -293,9 +206,9 @@ struct LaneCodes : LaneRows<CodeMode<kKind>, true> {
   static FASTOPS_INLINE void block_dots(RowStream& stream, const Elem* const* rows, const int64_t* at, int dim,
                                         const float* q, vf (&out)[kGroups][2]) {
     constexpr int HB = kLanes / RB;
-    vf sums[kGroups][kLanes];
+    Sum sums[kGroups][kLanes];
     FASTOPS_UNROLL
-    for (int i = 0; i < kGroups * (kLanes - HB * RB); ++i) sums[i % kGroups][HB * RB + i / kGroups] = vzero();
+    for (int i = 0; i < kGroups * (kLanes - HB * RB); ++i) sums[i % kGroups][HB * RB + i / kGroups] = Kind::none();
     FASTOPS_UNROLL
     for (int h = 0; h < HB; ++h) {
       dots<RB, kWhole, kGroups>(stream, rows, at[h], dim, q, h * RB, sums);
@@ -303,15 +216,9 @@ struct LaneCodes : LaneRows<CodeMode<kKind>, true> {
       FASTOPS_UNROLL
       for (int i = h * RB / 4; i < known / 4; ++i) {
         FASTOPS_UNROLL
-        for (int g = 0; g < kGroups; ++g) out[g][i] = sums_of_four(sums[g] + 4 * i);
+        for (int g = 0; g < kGroups; ++g) out[g][i] = Kind::sums_of_four(sums[g] + 4 * i);
       }
     }
-  }
-  // Within each 128-bit lane: the sums of four vectors.
-  static FASTOPS_INLINE vf sums_of_four(const vf* x) {
-    const vf a = vadd(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));
-    const vf b = vadd(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3]));
-    return vadd(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
   }
 
   // Products of q and codes as [keys][lanes].
@@ -334,6 +241,7 @@ struct LaneCodes : LaneRows<CodeMode<kKind>, true> {
     RowStream stream(w.kr + now, n - now, k_bytes, w.vr, now, v_bytes, now, n);
     const Elem* const* rows = w.kr;
     const int64_t pitch = lanes, step = q_step;
+    const float* ones = q_scale;
     float* s = w.s;
     for (int j = 0; j < n; j += kKeys, s += kKeys * pitch) {  // the keys behind the last one are that one again
       const float* q = w.q;
@@ -350,7 +258,8 @@ struct LaneCodes : LaneRows<CodeMode<kKind>, true> {
           vf y[4];
           vturn_lanes(x, y);
           FASTOPS_UNROLL
-          for (int k = 0; k < 4; ++k) vstore(s + (4 * i + k) * pitch + g * W, y[k]);
+          for (int k = 0; k < 4; ++k)
+            vstore(s + (4 * i + k) * pitch + g * W, kIntegers ? vmul(y[k], vload(ones + g * W)) : y[k]);
         }
       }
     }
@@ -391,11 +300,10 @@ struct LaneCodes : LaneRows<CodeMode<kKind>, true> {
     if constexpr (kScaled) {
       const HeadNumbers numbers = k_numbers;
       const int layout = kLayout ? kLayout : numbers.layout();
-      const vf middle = vset(Kind::kKeyMiddle);
       const float* sums = q_sum;
       float* s = w.s;
       for (int j = 0; j < n; ++j, s += pitch) {
-        const HeadNumbers::Pair x = numbers.at(layout, j, middle);
+        const HeadNumbers::Pair x = numbers.at(layout, j);
         for (int g = 0; g < vectors; ++g) {
           const vf scale = vtable_at(x.scale, head[g]), product = vload(s + g * W);
           vf score;
@@ -417,18 +325,19 @@ struct LaneCodes : LaneRows<CodeMode<kKind>, true> {
     }
     const HeadNumbers numbers = v_numbers;
     const int layout = kLayout ? kLayout : numbers.layout();
-    const vf cv = vset(c), middle = vset(Kind::kValueMiddle);
-    const __m512bh out = (__m512bh)_mm512_set1_epi16(static_cast<int16_t>(0xc308));  // -136
+    const vf cv = vset(c);
+    [[maybe_unused]] vf most[kMost], poison[kMost];
+    for (int g = 0; g < vectors; ++g) most[g] = poison[g] = vzero();
     float* to = w.p16;
-    const float* s = w.s;
+    float* s = w.s;
     for (int j = 0; j < n; j += 2, to += pitch, s += 2 * pitch) {
       const bool both = j + 1 < n;
       HeadNumbers::Pair a{}, b{};
       if constexpr (kScaled) {
-        a = numbers.at(layout, j, middle);
-        b = numbers.at(layout, j + both, middle);
+        a = numbers.at(layout, j);
+        b = numbers.at(layout, j + both);
       }
-      const float* then = s + (both ? pitch : 0);
+      float* then = s + (both ? pitch : 0);
       for (int g = 0; g < vectors; ++g) {
         vf x = vexp2<4>(vfma(vload(s + g * W), cv, mc[g]));
         vf y = both ? vexp2<4>(vfma(vload(then + g * W), cv, mc[g])) : vzero();
@@ -440,14 +349,42 @@ struct LaneCodes : LaneRows<CodeMode<kKind>, true> {
           x = weighted<kAny>(x, vtable_at(a.scale, head[g]));
           y = weighted<kAny>(y, vtable_at(b.scale, head[g]));
         }
-        const vi pair = Rows::paired(x, y);
-        vistore(to + g * W, pair);
-        if constexpr (kShifted) more[g] = _mm512_dpbf16_ps(more[g], (__m512bh)pair, out);
+        if constexpr (kIntegers) {
+          most[g] = vmax(most[g], vmax(vabs(x), vabs(y)));
+          poison[g] = vfma(vadd(x, y), vzero(), poison[g]);
+          if (both) vstore(then + g * W, y);
+          vstore(s + g * W, x);
+        } else {
+          vistore(to + g * W, Rows::paired(x, y));
+        }
       }
     }
+    if constexpr (kIntegers) round_weights<kVectors>(n, most, poison);
     for (int g = 0; g < vectors; ++g) {
       vstore(l + g * W, vadd(vload(l + g * W), sum[g]));
       if (kShifted) vstore(rest + g * W, vadd(vload(rest + g * W), more[g]));
+    }
+  }
+  // Weights of a tile, where the scores stood, as pairs of whole numbers.
+  template <int kVectors, int kMost>
+  FASTOPS_INLINE void round_weights(int n, const vf (&most)[kMost], const vf (&poison)[kMost]) {
+    const int vectors = kVectors ? kVectors : groups;
+    vf inverse[kMost];
+    for (int g = 0; g < vectors; ++g) {
+      const WholeScale scale(most[g], poison[g]);
+      vstore(p_scale + g * W, scale.one);
+      inverse[g] = scale.inverse;
+    }
+    const int64_t pitch = lanes;
+    const float* s = w.s;
+    float* to = w.p16;
+    for (int j = 0; j < n; j += 2, to += pitch, s += 2 * pitch) {
+      const bool both = j + 1 < n;
+      for (int g = 0; g < vectors; ++g) {
+        const vi x = _mm512_cvtps_epi32(vmul(vload(s + g * W), inverse[g]));
+        const vi y = both ? _mm512_cvtps_epi32(vmul(vload(s + pitch + g * W), inverse[g])) : vizero();
+        vistore(to + g * W, _mm512_mask_mov_epi16(x, 0xaaaaaaaau, _mm512_slli_epi32(y, 16)));
+      }
     }
   }
   // x y, and 0 where x is, if y may be anything.
@@ -460,35 +397,47 @@ struct LaneCodes : LaneRows<CodeMode<kKind>, true> {
   // kGroups groups of vectors of a chunk from `kFirst` on, `step` apart in o. kFull: all 64 bytes.
   template <int RB, int kFirst, int kGroups, int kLines, bool kFull>
   static FASTOPS_INLINE void weigh(RowStream& stream, const Elem* const* rows, int64_t at, const float* weights,
-                                   int64_t pitch, float* o, int64_t step, __mmask32 mask, int j0, int j1) {
+                                   int64_t pitch, float* o, int64_t step, __mmask32 mask, int j0, int j1,
+                                   const float* ones) {
     const auto part_of = [&](int group, int r) FASTOPS_LAMBDA { return o + (kFirst + group) * step + r * kPart; };
     const auto load = [&](const Elem* row) FASTOPS_LAMBDA {
       const uint8_t* p = reinterpret_cast<const uint8_t*>(row) + at;
       return kFull ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi16(mask, p);
     };
-    vf acc[kGroups][RB][4];
+    Sum acc[kGroups][RB][4];
     FASTOPS_UNROLL
-    for (int i = 0; i < kGroups * RB * 4; ++i)
-      acc[i / (4 * RB)][i / 4 % RB][i % 4] = vload(part_of(i / (4 * RB), i / 4 % RB) + i % 4 * W);
+    for (int i = 0; i < kGroups * RB * 4; ++i) {
+      if constexpr (kIntegers)
+        acc[i / (4 * RB)][i / 4 % RB][i % 4] = Kind::none();
+      else
+        acc[i / (4 * RB)][i / 4 % RB][i % 4] = vload(part_of(i / (4 * RB), i / 4 % RB) + i % 4 * W);
+    }
     for (int j = j0; j < j1; j += 2, weights += pitch) {
       const RowStream::Lines lines = kLines > 0 ? stream.take<kLines>() : RowStream::Lines();
-      const __m512i a = load(rows[j]), b = load(rows[j + 1]);
+      const vi a = load(rows[j]), b = load(rows[j + 1]);
       FASTOPS_UNROLL
       for (int group = 0; group < kGroups; ++group) {
-        __m512bh v[4];
+        vi v[4];
         Kind::pairs(a, b, kFirst + group, v);
         FASTOPS_UNROLL
         for (int r = 0; r < RB; ++r) {
-          const __m512bh pj = (__m512bh)_mm512_castps_si512(vset(weights[r]));
+          const vi pj = _mm512_castps_si512(vset(weights[r]));
           FASTOPS_UNROLL
-          for (int n = 0; n < 4; ++n) acc[group][r][n] = _mm512_dpbf16_ps(acc[group][r][n], pj, v[n]);
+          for (int n = 0; n < 4; ++n) acc[group][r][n] = Kind::add(acc[group][r][n], v[n], pj);
           lines.ask<kLines>(group * RB + r, kGroups * RB);
         }
       }
     }
     FASTOPS_UNROLL
-    for (int i = 0; i < kGroups * RB * 4; ++i)
-      vstore(part_of(i / (4 * RB), i / 4 % RB) + i % 4 * W, acc[i / (4 * RB)][i / 4 % RB][i % 4]);
+    for (int i = 0; i < kGroups * RB * 4; ++i) {
+      const int r = i / 4 % RB;
+      float* to = part_of(i / (4 * RB), r) + i % 4 * W;
+      const Sum sum = acc[i / (4 * RB)][r][i % 4];
+      if constexpr (kIntegers)
+        vstore(to, vfma(vi_to_float(sum), vset(ones[r]), vload(to)));
+      else
+        vstore(to, sum);
+    }
   }
 
   void accumulate(int, int, int n) {
@@ -518,25 +467,27 @@ struct LaneCodes : LaneRows<CodeMode<kKind>, true> {
       const float* x = w.p16 + j / 2 * pitch;
       float* o = w.st.o;
       for (int h = 0; h < w.heads; ++h) {
-        const float* mine = x + h / HB * kBlock + h % HB * RB;
+        const int64_t lane = h / HB * kBlock + h % HB * RB;
+        const float *mine = x + lane, *one = p_scale + lane;
         for (int c = 0; c < dim; c += kChunk, o += kGroups * step) {
           const __mmask32 mask = words(dim - c);
           const int64_t at = h * v_step + bytes(c);
           const bool more = kGroups > 1 && (kFull || dim - c > 16);  // columns in the second group
           if (RB <= 2 && more) {  // few rows: one group alone has too few sums under way
-            weigh<kFirst, 0, kGroups, 2, kFull>(stream, v, at, mine, pitch, o, step, mask, j, end);
+            weigh<kFirst, 0, kGroups, 2, kFull>(stream, v, at, mine, pitch, o, step, mask, j, end, one);
             continue;
           }
           if (kFull || dim - c > kChunk / 2 || h % 2 == 0) {
-            weigh<kFirst, 0, 1, 2, kFull>(stream, v, at, mine, pitch, o, step, mask, j, end);
+            weigh<kFirst, 0, 1, 2, kFull>(stream, v, at, mine, pitch, o, step, mask, j, end, one);
           } else {
-            weigh<kFirst, 0, 1, 0, kFull>(stream, v, at, mine, pitch, o, step, mask, j, end);
+            weigh<kFirst, 0, 1, 0, kFull>(stream, v, at, mine, pitch, o, step, mask, j, end, one);
           }
-          if (more) weigh<kFirst, kLast, 1, 0, kFull>(stream, v, at, mine, pitch, o, step, mask, j, end);
+          if (more) weigh<kFirst, kLast, 1, 0, kFull>(stream, v, at, mine, pitch, o, step, mask, j, end, one);
           if constexpr (kRest > 0) {
             float* then = o + 4 * kPart;
-            weigh<kRest, 0, 1, 0, kFull>(stream, v, at, mine + 4, pitch, then, step, mask, j, end);
-            if (more) weigh<kRest, kLast, 1, 0, kFull>(stream, v, at, mine + 4, pitch, then, step, mask, j, end);
+            weigh<kRest, 0, 1, 0, kFull>(stream, v, at, mine + 4, pitch, then, step, mask, j, end, one + 4);
+            if (more)
+              weigh<kRest, kLast, 1, 0, kFull>(stream, v, at, mine + 4, pitch, then, step, mask, j, end, one + 4);
           }
         }
       }
@@ -572,7 +523,7 @@ struct LaneCodes : LaneRows<CodeMode<kKind>, true> {
           float* o = w.st.o + static_cast<int64_t>(h) * w.rows * w.VP + r * kPart;
           for (int c = 0; c < w.Dv; c += kChunk, o += Kind::kGroups * step)
             weigh<1, 0, Kind::kGroups, 0, false>(none, rows, h * w.v_step + bytes(c), &weight, lanes, o, step,
-                                                 words(w.Dv - c), 0, 2);
+                                                 words(w.Dv - c), 0, 2, nullptr);
         }
   }
 

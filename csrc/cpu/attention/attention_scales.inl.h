@@ -168,19 +168,19 @@ struct HeadNumbers {
     next = was;
   }
 
-  // Those of key j of this tile. A shift stands for `middle` times the scale and a minimum, or less a zero.
-  FASTOPS_INLINE Pair at(int layout, int j, vf middle) const {
-    if (layout == 2) return at<2>(j, middle);
-    if (layout == 3) return at<3>(j, middle);
-    return layout == 1 ? at<1>(j, middle) : at<0>(j, middle);
+  // Those of key j of this tile. A shift is a minimum, or stands for a zero.
+  FASTOPS_INLINE Pair at(int layout, int j) const {
+    if (layout == 2) return at<2>(j);
+    if (layout == 3) return at<3>(j);
+    return layout == 1 ? at<1>(j) : at<0>(j);
   }
   template <int kLayout>
-  FASTOPS_INLINE Pair at(int j, vf middle) const {
+  FASTOPS_INLINE Pair at(int j) const {
     static constexpr int64_t kNone[W / 2] = {};
     const vf s = numbers<kLayout>(q.scale, now[j].scale, q.scale_s[2]);
     const vf z = numbers<kLayout>(q.shift ? q.shift : reinterpret_cast<const char*>(kNone), now[j].shift,
                                   q.shift ? q.shift_s[2] : 0);
-    return {s, vfma(z, q.shift_is_zero ? vsub(vzero(), s) : vset(1.0f), vmul(middle, s))};
+    return {s, q.shift_is_zero ? vmul(vsub(vzero(), z), s) : z};
   }
 
  private:
