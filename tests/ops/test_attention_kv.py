@@ -107,6 +107,42 @@ def test_products_of_codes(isa, name, dtype, hkv, group, d, dv):
     assert_matches(out, want, near, factor=2, what=name)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["kivi2", "kivi4"])
+@pytest.mark.parametrize(
+    ("hkv", "group", "d", "dv"),
+    [(8, 4, 128, 128), (8, 1, 64, 96), (4, 3, 256, 32), (5, 7, 32, 160), (16, 1, 96, 64), (6, 2, 160, 256)],
+)
+def test_groups_of_keys_and_of_channels(isa, name, dtype, hkv, group, d, dv):
+    """Keys in pages and recent ones, together and alone; windows that begin within a group; a group without a number."""
+    recent = {8: 40, 4: 0}.get(hkv, 150)
+    cache, table, have = filled(
+        name, [737, 205, 161, 23, 32], page=64, hkv=hkv, d=d, dv=dv, dtype=dtype, recent=recent, chunks=(0.3, 1.0)
+    )
+    cu = torch.tensor([0, 1, 2 + (group < 5), 4, 5, 6], dtype=torch.int32)
+    q = torch.randn(6, hkv * group, d).to(dtype)
+    q[1, -1] *= 5.0  # one key has nearly all the weight
+    for options in ({}, {"window": (100, -1), "sinks": torch.randn(hkv * group)}):
+        args = (q, cache, table, have, cu)
+        out, lse = fastops.attention_paged(
+            q, cache.k, cache.v, table, have, cu, quant=cache.quant, causal=True, return_lse=True, **options
+        )
+        want, want_lse = exact(*args, causal=True, **options)
+        near, near_lse = same(*args, causal=True, **options)
+        assert_matches(out, want, near, factor=2, what=name)
+        assert_matches(lse, want_lse, near_lse, factor=4, what=f"{name} lse")
+    clean = fastops.attention_paged(q, cache.k, cache.v, table, have, cu, quant=cache.quant)
+    for bad in (cache.quant.k_scale, cache.quant.k_min, cache.quant.v_scale, cache.quant.v_min):
+        before = bad[int(table[0, 1]), 0, 1, -1].clone()  # token 64 of the first sequence, or its group
+        bad[int(table[0, 1]), 0, 1, -1] = torch.nan
+        out = fastops.attention_paged(q, cache.k, cache.v, table, have, cu, quant=cache.quant)
+        mine = out[0, group : 2 * group]
+        assert bool((mine if bad is cache.quant.k_scale or bad is cache.quant.k_min else mine[:, -32:]).isnan().all())
+        out[0, group : 2 * group] = clean[0, group : 2 * group]
+        assert torch.equal(out, clean)
+        bad[int(table[0, 1]), 0, 1, -1] = before
+
+
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("scales", DTYPES)
 @pytest.mark.parametrize(

@@ -26,13 +26,14 @@ struct AttentionItem {
   int64_t key0, key1;                // keys this item may look at (a split, or all)
   float *partial_out, *partial_lse;  // fp32 [rows][Dv] and [rows] of the first head when the item is a split; else NULL
   int64_t partial_step;              // rows between the partials of neighbouring heads
-  const AttentionItem* then = nullptr;  // what the same thread takes next, as a rule, or NULL
-  float v_factor = 1.0f;                // of all values, where the cache's kernel leaves it to the end
+  const AttentionItem* then = nullptr;                   // what the same thread takes next, as a rule, or NULL
+  float v_factor = 1.0f;                                 // of all values, where the cache's kernel leaves it to the end
+  const float *before = nullptr, *before_lse = nullptr;  // [heads][rows][Dv] and [heads][rows]: of keys seen already
 };
 
 // Scratch of one worker, in floats; each part starts on a 64-byte boundary.
 struct AttentionScratch {
-  int64_t q, o, k, v, s, p16, m, l, lo, hi, rows, raw, total;
+  int64_t q, o, k, v, s, p16, m, l, lo, hi, rows, raw, before, total;
 };
 constexpr int64_t kDecodedFloats = 32 << 10;  // room for the decoded rows of a quantised tile
 constexpr int kDecodedKeys = 16;              // keys a direct tile of them holds at least
@@ -63,6 +64,7 @@ inline AttentionScratch attention_scratch(int D, int Dv, int rows, int key_tile,
   s.hi = take(R);
   s.rows = take(kDirectKeys * 2 * static_cast<int64_t>(sizeof(void*) / 4) * 2 + kMaxHeadDim);
   s.raw = take(quant ? kDecodedFloats : 0);
+  s.before = take(quant ? direct * (Dv + 1) : 0);  // what an item's keys in pages gave, while the recent ones are seen
   s.total = at;
   return s;
 }

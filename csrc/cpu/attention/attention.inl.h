@@ -17,6 +17,7 @@
 // (and two more, over their scales)
 #include "cpu/attention/attention_lane_kinds.inl.h"
 #include "cpu/attention/attention_lane_codes.inl.h"
+#include "cpu/attention/attention_lane_groups.inl.h"
 #include "cpu/attention/attention_codes.inl.h"
 
 namespace fastops::cpu::FASTOPS_ISA {
@@ -74,6 +75,21 @@ struct Partial {
   }
 };
 
+// Adds to a row what keys seen before gave it. (As merge.h merges.)
+inline void join(const AttentionItem& it, int h, int64_t r, int Dv, Row& row) {
+  const int64_t at = h * it.rows + r;
+  const float lse = it.before_lse[at], top = !(row.m <= lse) ? row.m : lse;
+  if (lse == kNegInf) return;
+  const float mine = row.l == 0.0f ? 0.0f : __builtin_expf(row.m - top), theirs = __builtin_expf(lse - top);
+  const float* x = it.before + at * Dv;
+  for (int d = 0; d < Dv; d += W) {
+    const vf o = vmul(vload(row.o + d), vset(mine));
+    vstore(row.o + d, vfma(Dv - d >= W ? vload(x + d) : vloadn(x + d, Dv - d), vset(theirs), o));
+  }
+  row.m = top;
+  row.l = row.l * mine + theirs;
+}
+
 // ---- the loop ------------------------------------------------------------------------------------------------------
 
 template <class Mode, class T>
@@ -127,6 +143,8 @@ void tile_loop(const AttentionParams& p, const AttentionItem& it, const Sequence
       if (v.hi > last) last = v.hi;
     }
   }
+
+  if (first < last) first -= first % Mode::kKeysTogether;
 
   Mode mode(w, p);
   const auto all = static_cast<size_t>(w.rows * w.heads);
@@ -194,10 +212,12 @@ void tile_loop(const AttentionParams& p, const AttentionItem& it, const Sequence
   }
   for (int h = 0; h < w.heads; ++h) {
     for (int r = 0; r < w.rows; ++r) {
-      const Row row = finished(mode, w, h, r);
+      Row row = finished(mode, w, h, r);
       if ((Source::kDecodes || Mode::kReadsCodes) && it.v_factor != 1.0f)
         for (int d = 0; d < w.VP; d += W) vstore(row.o + d, vmul(vload(row.o + d), vset(it.v_factor)));
-      Epilogue::row(p, it, seq, h, r, row.o, kGeneral ? row.m : row.m * p.scale, row.l);
+      if (!kGeneral) row.m *= p.scale;
+      if (it.before) join(it, h, r, p.Dv, row);
+      Epilogue::row(p, it, seq, h, r, row.o, row.m, row.l);
     }
   }
 }
@@ -256,6 +276,38 @@ void run_whole(const AttentionParams& p, const AttentionItem& it, const Sequence
 #endif
   run_codes<Codes<kKind>, kKind>(p, it, s, scratch);
 }
+#if defined(FASTOPS_HAS_BF16_DOT)
+// KIVI: keys in pages, then those of the window.
+template <int kKind>
+bool run_groups(const AttentionParams& p, const AttentionItem& it, const Sequence& s, float* scratch) {
+  if (is_general(p) || !LaneGroups<kKind>::fits(p, it)) return false;
+  AttentionItem pages = it, recent = it;
+  pages.then = recent.then = nullptr;
+  const int64_t packed = p.packed ? p.packed[it.b * p.packed_stride] : s.Sk;
+  if (packed < pages.key1) pages.key1 = packed;
+  if (packed > recent.key0) recent.key0 = packed;
+  const bool both = pages.key0 < pages.key1 && recent.key0 < recent.key1;
+  if (both) {
+    const int rows = kDirectRows * kDirectHeads;
+    pages.partial_out = scratch + attention_scratch(p.D, p.Dv, rows, attention_key_tile(p.D, p.Dv), true).before;
+    pages.partial_lse = pages.partial_out + it.heads * it.rows * p.Dv;
+    pages.partial_step = it.rows;
+    recent.before = pages.partial_out;
+    recent.before_lse = pages.partial_lse;
+  }
+  if (both || recent.key0 >= recent.key1) run_codes<LaneGroups<kKind>, kKind>(p, pages, s, scratch);
+  if (recent.key0 >= recent.key1) return true;
+  AttentionParams plain = p;
+  plain.quant = false;
+  plain.k_sh = p.kq.recent_s[2];
+  plain.v_sh = p.vq.recent_s[2];
+  if (p.dtype == 2)
+    run_mode<RecentSource<f16>>(plain, recent, s, scratch);
+  else
+    run_mode<RecentSource<bf16>>(plain, recent, s, scratch);
+  return true;
+}
+#endif
 #endif
 
 void attention_item(const AttentionParams& p, const AttentionItem& it, float* scratch) {
@@ -272,6 +324,7 @@ void attention_item(const AttentionParams& p, const AttentionItem& it, float* sc
     }
 #endif
 #if defined(FASTOPS_HAS_BF16_DOT)
+    if (run_groups<kKvU2>(p, it, s, scratch) || run_groups<kKvU4>(p, it, s, scratch)) return;
     if (p.dtype == 3) {
       AttentionParams folded = p;
       AttentionItem item = it;

@@ -1,6 +1,6 @@
 // A fourth way to multiply a tile: few rows of 16-bit numbers against caches of 8- or 4-bit codes with one scale a key
-// and head, by integer dot products. No decoded row exists anywhere: scales are multiplied into the scores and the
-// probabilities,
+// and head, by integer dot products, where LaneCodes does not fit (one KV head, scales of any layout, soft caps).
+// Scales are multiplied into the scores and the probabilities,
 //   q k^T = ks (q (code - c)) + kb sum(q)        p v = (p vs) (code - c) + p vb
 //   b = c scale + min, or (c - zero) scale; c: 8, or 128; 0 in b where codes have a sign
 // and rows of q, and of p vs over a tile, are rounded to 15 bits: x = 128 high + low, two signed bytes, each of which

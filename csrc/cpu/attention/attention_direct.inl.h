@@ -88,6 +88,7 @@ struct Direct {
   static constexpr bool kReadsCodes = false;
   static constexpr bool kStreams = true;
   static constexpr bool kInLanes = false;
+  static constexpr int kKeysTogether = 1;
   static constexpr int kRows = kDirectRows;
   static constexpr int64_t kDecodedBytes = 64 << 10;  // of K, and as many of V: what L2 gives back quickly
   static constexpr int kStep = W / 4;                 // keys of a dot-product block that takes four rows or heads

@@ -1,12 +1,9 @@
-// Few rows of bf16 against codes of 4 bits (KV4) or of e4m3, a row in every lane (attention_lanes.inl.h). Codes become
-// bf16 in registers, and the scales are multiplied into the scores and the probabilities, so that no decoded row exists
-// anywhere (docs/design/006-quantised-kv.md).
-//
-// KV4: a code becomes the number 128 + code by standing in its last bits, in an order that costs a shift and one more
-// instruction for 32 of them; 128 is taken out afterwards:
-//   q k^T = ks (q (128 + code)) + (min - 128 ks, or -(128 + zero) ks) sum(q)
-//   p v = w (128 + code) - 136 w + p (8 vs + min, or (8 - zero) vs)        w = p vs, rounded
-// e4m3: the two bytes of a number of bf16 are looked up, 64 at once.
+// Few rows against codes of 8 or 4 bits, a row in every lane (attention_lanes.inl.h). Codes become numbers of 16 bits
+// in registers (attention_lane_kinds.inl.h), and the scales are multiplied into the scores and the probabilities, so
+// that no decoded row exists anywhere (docs/design/006-quantised-kv.md):
+//   q k^T = ks (q code) + kb sum(q)        p v = (p vs) code + p vb        b: a minimum, or -zero scale
+// Whole codes meet q, and p vs of a tile, as whole numbers of 15 bits and a sign: what that leaves out is 2^-16 of a
+// row's largest. e4m3 meets them in bf16.
 //
 // For scores the codes of four keys are turned, a quarter of each in a vector, so that four sums are left to add up
 // where a whole row in a vector leaves sixteen.
@@ -14,7 +11,8 @@
 namespace fastops::cpu::FASTOPS_ISA {
 namespace {
 
-template <int kKind>
+// kGrouped: keys of a group share numbers, which q has met (attention_lane_groups.inl.h).
+template <int kKind, bool kGrouped = false>
 struct LaneCodes : LaneRows<CodeMode<kKind>, true> {
   using Rows = LaneRows<CodeMode<kKind>, true>;
   using Kind = LaneCode<kKind>;
@@ -35,6 +33,7 @@ struct LaneCodes : LaneRows<CodeMode<kKind>, true> {
   int64_t q_step;            // from a block of q to the next
   float* q_sum;              // [lanes], as those below
   float *q_scale, *p_scale;  // what 1 of q and of the weights of a tile stands for, where these are whole numbers
+  float* base;               // [lanes], of kGrouped: what is added to the scores
   HeadNumbers k_numbers, v_numbers;
   bool found = false;
   vi head_in[kDirectRows];  // the head of each lane, for each vector of rows
@@ -107,13 +106,9 @@ struct LaneCodes : LaneRows<CodeMode<kKind>, true> {
   // A row of q as whole numbers; returns what 1 of them stands for, NaN where not all of the row is finite.
   template <class Q>
   static float rounded(const Q* src, int dim, int16_t* to) {
-    vf top = vzero(), poison = vzero();
-    for (int d = 0; d < dim; d += W) {
-      const vf x = vloadn(src + d, dim - d < W ? dim - d : W);
-      top = vmax(top, vabs(x));
-      poison = vfma(x, vzero(), poison);
-    }
-    const WholeScale scale(vset(vhmax(top)), vset(vall_finite(poison) ? 0.0f : __builtin_nanf("")));
+    vf top = vzero();
+    for (int d = 0; d < dim; d += W) top = vmost(top, vloadn(src + d, dim - d < W ? dim - d : W));
+    const WholeScale scale(vi_as_bits(_mm512_set1_epi32(static_cast<int>(_mm512_reduce_max_epu32(vi_from_bits(top))))));
     for (int d = 0; d < dim; d += W)
       _mm256_store_si256(reinterpret_cast<__m256i*>(to + d),
                          _mm512_cvtepi32_epi16(scale.round(vloadn(src + d, dim - d < W ? dim - d : W))));
@@ -231,19 +226,28 @@ struct LaneCodes : LaneRows<CodeMode<kKind>, true> {
   }
   template <int RB>
   void scores_of(int n) {
-    if (w.D % kPiece == 0) return scores_in<RB, true>(n);
-    scores_in<RB, false>(n);
+    RowStream stream = keys_then_values(n);
+    scores_between<RB>(stream, 0, n);
+  }
+  RowStream keys_then_values(int n) const {
+    const int now = lead < n ? lead : n;
+    return RowStream(w.kr + now, n - now, k_bytes, w.vr, now, v_bytes, now, n);
+  }
+  template <int RB>
+  void scores_between(RowStream& stream, int j0, int j1) {
+    if (w.D % kPiece == 0) return scores_in<RB, true>(stream, j0, j1);
+    scores_in<RB, false>(stream, j0, j1);
   }
   template <int RB, bool kWhole>
-  void scores_in(int n) {
+  void scores_in(RowStream& given, int j0, int j1) {
     constexpr int HB = kLanes / RB, kGroups = groups_of_keys(RB), kKeys = 4 * kGroups;
-    const int now = lead < n ? lead : n, dim = w.D, vectors = groups, heads = w.heads;
-    RowStream stream(w.kr + now, n - now, k_bytes, w.vr, now, v_bytes, now, n);
+    const int dim = w.D, vectors = groups, heads = w.heads;
+    RowStream stream = given;
     const Elem* const* rows = w.kr;
     const int64_t pitch = lanes, step = q_step;
-    const float* ones = q_scale;
-    float* s = w.s;
-    for (int j = 0; j < n; j += kKeys, s += kKeys * pitch) {  // the keys behind the last one are that one again
+    const float *ones = q_scale, *added = base;
+    float* s = w.s + j0 * pitch;
+    for (int j = j0; j < j1; j += kKeys, s += kKeys * pitch) {  // the keys behind the last one are that one again
       const float* q = w.q;
       const int64_t* at = k_at;
       for (int g = 0; g < vectors; ++g, at += 2 * HB, q += 2 * step) {
@@ -258,11 +262,17 @@ struct LaneCodes : LaneRows<CodeMode<kKind>, true> {
           vf y[4];
           vturn_lanes(x, y);
           FASTOPS_UNROLL
-          for (int k = 0; k < 4; ++k)
-            vstore(s + (4 * i + k) * pitch + g * W, kIntegers ? vmul(y[k], vload(ones + g * W)) : y[k]);
+          for (int k = 0; k < 4; ++k) {
+            if constexpr (kGrouped)
+              y[k] = vfma(y[k], vload(ones + g * W), vload(added + g * W));
+            else if constexpr (kIntegers)
+              y[k] = vmul(y[k], vload(ones + g * W));
+            vstore(s + (4 * i + k) * pitch + g * W, y[k]);
+          }
         }
       }
     }
+    given = stream;
   }
 
   // Products into scores, and these into probabilities times the scales of the values. Unseen keys get a weight of
@@ -326,8 +336,8 @@ struct LaneCodes : LaneRows<CodeMode<kKind>, true> {
     const HeadNumbers numbers = v_numbers;
     const int layout = kLayout ? kLayout : numbers.layout();
     const vf cv = vset(c);
-    [[maybe_unused]] vf most[kMost], poison[kMost];
-    for (int g = 0; g < vectors; ++g) most[g] = poison[g] = vzero();
+    [[maybe_unused]] vf most[kMost];
+    for (int g = 0; g < vectors; ++g) most[g] = vzero();
     float* to = w.p16;
     float* s = w.s;
     for (int j = 0; j < n; j += 2, to += pitch, s += 2 * pitch) {
@@ -350,8 +360,7 @@ struct LaneCodes : LaneRows<CodeMode<kKind>, true> {
           y = weighted<kAny>(y, vtable_at(b.scale, head[g]));
         }
         if constexpr (kIntegers) {
-          most[g] = vmax(most[g], vmax(vabs(x), vabs(y)));
-          poison[g] = vfma(vadd(x, y), vzero(), poison[g]);
+          most[g] = vmost(vmost(most[g], x), y);
           if (both) vstore(then + g * W, y);
           vstore(s + g * W, x);
         } else {
@@ -359,7 +368,7 @@ struct LaneCodes : LaneRows<CodeMode<kKind>, true> {
         }
       }
     }
-    if constexpr (kIntegers) round_weights<kVectors>(n, most, poison);
+    if constexpr (kIntegers) round_weights<kVectors>(n, most);
     for (int g = 0; g < vectors; ++g) {
       vstore(l + g * W, vadd(vload(l + g * W), sum[g]));
       if (kShifted) vstore(rest + g * W, vadd(vload(rest + g * W), more[g]));
@@ -367,11 +376,11 @@ struct LaneCodes : LaneRows<CodeMode<kKind>, true> {
   }
   // Weights of a tile, where the scores stood, as pairs of whole numbers.
   template <int kVectors, int kMost>
-  FASTOPS_INLINE void round_weights(int n, const vf (&most)[kMost], const vf (&poison)[kMost]) {
+  FASTOPS_INLINE void round_weights(int n, const vf (&most)[kMost]) {
     const int vectors = kVectors ? kVectors : groups;
     vf inverse[kMost];
     for (int g = 0; g < vectors; ++g) {
-      const WholeScale scale(most[g], poison[g]);
+      const WholeScale scale(most[g]);
       vstore(p_scale + g * W, scale.one);
       inverse[g] = scale.inverse;
     }

@@ -34,13 +34,15 @@ struct WholeProducts {
   }
 };
 
-// Numbers up to `most` as such whole numbers: what 1 of them stands for (NaN where `poison` is, in place of 0), and how
-// many of them 1 is.
+// The larger magnitude; a NaN or an infinity stays.
+FASTOPS_INLINE vf vmost(vf top, vf x) { return vi_as_bits(_mm512_max_epu32(vi_from_bits(top), vi_from_bits(vabs(x)))); }
+// Numbers up to `most` as such whole numbers: what 1 of them stands for (NaN where `most` is none), and how many of
+// them 1 is.
 struct WholeScale {
   vf one, inverse;
-  WholeScale(vf most, vf poison) {
+  explicit WholeScale(vf most) {
     const vf levels = vset(32767.0f), quotient = _mm512_div_ps(levels, most);
-    one = vadd(_mm512_div_ps(most, levels), poison);
+    one = vadd(_mm512_div_ps(most, levels), vsub(most, most));
     inverse = _mm512_maskz_min_ps(_mm512_cmp_ps_mask(most, vzero(), _CMP_GT_OQ), quotient, vset(3e38f));
   }
   FASTOPS_INLINE vi round(vf x) const { return _mm512_cvtps_epi32(vmul(x, inverse)); }
@@ -130,6 +132,24 @@ struct LaneCode<kKvU4> : WholeProducts {
       vturn_lanes(t, b);
       for (int i = 0; i < 4; ++i) vstore(to + 32 * i + 16 * half, vadd(b[i], added));
     }
+  }
+};
+
+// For scores alone (values: attention_lane_groups.inl.h).
+template <>
+struct LaneCode<kKvU2> : WholeProducts {
+  static constexpr int kParts = 8;
+  static constexpr bool kShifted = false, kHasNaN = false;
+  using Open = vi;
+  static FASTOPS_INLINE Open open(vi x) { return x; }
+  template <int n>
+  static FASTOPS_INLINE vi two_bits(vi x) {
+    const vi shifted = n > 0 ? _mm512_srli_epi16(x, 2 * n) : x;
+    return n < 7 ? _mm512_and_si512(shifted, _mm512_set1_epi16(3)) : shifted;
+  }
+  static FASTOPS_INLINE vi part(vi x, int n) {
+    if (n < 4) return n == 0 ? two_bits<0>(x) : n == 1 ? two_bits<1>(x) : n == 2 ? two_bits<2>(x) : two_bits<3>(x);
+    return n == 4 ? two_bits<4>(x) : n == 5 ? two_bits<5>(x) : n == 6 ? two_bits<6>(x) : two_bits<7>(x);
   }
 };
 

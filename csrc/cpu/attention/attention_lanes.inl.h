@@ -17,7 +17,8 @@ struct LaneRows : Base {
   int groups, lanes;      // vectors of all rows, and W times as many; heads there are not stand for the last one
   int columns, part;      // of a row of o; columns that lie side by side in it, for as long as there are so many
   float *m, *l;           // [lanes]
-  float* rest = nullptr;  // as many, or none: one more sum
+  float* rest = nullptr;  // `rests` times as many, or none: more sums
+  int rests = 1;
   int64_t k_at[kDirectHeads + W];  // where the heads of each block start within the row of a key
 
   template <class... Args>
@@ -96,7 +97,8 @@ struct LaneRows : Base {
           for (int d = 0; d < width; d += W) vstore(o + d, vmul(alpha, vload(o + d)));
         });
         l[lane] *= lane0(alpha);
-        if (rest) rest[lane] *= lane0(alpha);
+        if (rest)
+          for (int k = 0; k < rests; ++k) rest[k * lanes + lane] *= lane0(alpha);
       }
       old = tile_max[i];
     }

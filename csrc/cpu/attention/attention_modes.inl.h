@@ -149,6 +149,7 @@ struct Packed {
   static constexpr bool kReadsCodes = false;  // and needs their scales
   static constexpr bool kStreams = false;     // asks for rows before they are needed
   static constexpr bool kInLanes = false;     // a query row in each lane, and a softmax of its own
+  static constexpr int kKeysTogether = 1;     // a tile begins at a multiple of
 #if defined(FASTOPS_HAS_AMX)
   static constexpr int kRows = 32;
 #else

@@ -221,6 +221,7 @@ struct CodeMode {
   static constexpr bool kReadsCodes = true;
   static constexpr bool kStreams = true;
   static constexpr bool kInLanes = false;
+  static constexpr int kKeysTogether = 1;
   static constexpr int kRows = kDirectRows;
   Work<Code<kKind>>& w;
   const AttentionParams& p;

@@ -56,5 +56,26 @@ struct PagedSource {
   }
 };
 
+// The window of recent tokens of a quantised cache, in q's type.
+template <class T>
+struct RecentSource {
+  using Elem = T;
+  static constexpr bool kDecodes = false;
+  const AttentionParams& p;
+  const T *k, *v;
+  RecentSource(const AttentionParams& params, const AttentionItem& it, const Sequence&)
+      : p(params), k(of(p.kq, it)), v(of(p.vq, it)) {}
+  static const T* of(const KvSide& q, const AttentionItem& it) {
+    return reinterpret_cast<const T*>(q.recent) + it.b * q.recent_s[0] + it.hkv * q.recent_s[2];
+  }
+  void rows(int64_t key, int n, const T** kr, const T** vr) const {
+    for (int j = 0; j < n; ++j) {
+      const int64_t slot = (key + j) % p.recent;
+      kr[j] = k + slot * p.kq.recent_s[1];
+      vr[j] = v + slot * p.vq.recent_s[1];
+    }
+  }
+};
+
 }  // namespace
 }  // namespace fastops::cpu::FASTOPS_ISA
