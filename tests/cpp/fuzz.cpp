@@ -222,7 +222,9 @@ void fuzz_attention(Random& r) {
   REQUIRE(fastops_cores_set(static_cast<int32_t>(r.pick({0, 1, 2, 5, 40})), nullptr) == FASTOPS_OK, "refused");
   const int32_t dtype = static_cast<int32_t>(r.pick({FASTOPS_F32, FASTOPS_F16, FASTOPS_BF16}));
   const int64_t B = 1 + r.below(3), Hkv = 1 + r.below(2), H = Hkv * (1 + r.below(4)),
-                Sq = r.below(r.one_in(3) ? 40 : 4), Sk = r.below(r.one_in(8) ? 900 : 40), D = 8 * (1 + r.below(9)),
+                Sq = r.below(r.one_in(3) ? 40 : 4), wide = std::max<int64_t>(72 * Hkv, H * Sq),
+                most = Region::kSize / 4 / B / wide - 40,  // and two pages
+      Sk = r.below(r.one_in(8) ? std::min<int64_t>(900, most) : 40), D = 8 * (1 + r.below(9)),
                 Dv = r.one_in(2) ? D : 8 * (1 + r.below(9));
   const int layout = static_cast<int>(r.below(3));
   fastops_attention_desc d{};

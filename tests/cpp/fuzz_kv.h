@@ -46,6 +46,7 @@ void bound_kv_workspace(fastops_attention_desc d, fastops_env* env) {
 struct KvCache {
   Random& r;
   int32_t dtype, number;  // the model's, the scales'
+  int32_t kivi;           // bits of the codes of a cache as KIVI has it, or 0
   int64_t pages, page, Hkv;
   fastops_kv_quant kv{};
 
@@ -53,15 +54,19 @@ struct KvCache {
       : r(random),
         dtype(model),
         number(static_cast<int32_t>(r.pick({FASTOPS_F32, FASTOPS_F16, FASTOPS_BF16}))),
-        pages(1 + r.below(6)),
-        page(r.pick({1, 4, 16, 32})),
-        Hkv(1 + r.below(4)) {
+        kivi(r.one_in(4) ? static_cast<int32_t>(r.pick({2, 4})) : 0),
+        pages(1 + r.below(kivi ? 2 : 6)),
+        page(kivi ? r.pick({32, 64}) : r.pick({1, 4, 16, 32})),
+        Hkv(1 + r.below(kivi ? 8 : 4)) {
     kv.struct_size = sizeof kv;
+    if (kivi) number = FASTOPS_F16;
   }
+  int64_t dim() { return kivi ? 32 * (1 + r.below(4)) : 8 * (1 + r.below(20)); }
   fastops_tensor codes(int slot, int64_t dim, int32_t* bits) {
-    const int32_t kind =
+    int32_t kind =
         static_cast<int32_t>(r.pick({dtype, FASTOPS_I8, FASTOPS_F8_E4M3, FASTOPS_U8, FASTOPS_U8, FASTOPS_U8}));
-    *bits = kind == FASTOPS_U8 ? static_cast<int32_t>(r.pick({8, 4, 4, 2})) : 0;
+    if (kivi) kind = FASTOPS_U8;
+    *bits = kind == FASTOPS_U8 ? kivi ? kivi : static_cast<int32_t>(r.pick({8, 4, 4, 2})) : 0;
     return dense(slot, kind, {pages, page, Hkv, *bits ? dim * *bits / 8 : dim});
   }
   fastops_tensor numbers(int slot, int64_t dim) {
@@ -84,18 +89,21 @@ struct KvCache {
         return dense(slot, number, {pages, page, Hkv});
     }
   }
-  void side(const fastops_tensor& c, int64_t dim, fastops_tensor* scale, fastops_tensor* zero, fastops_tensor* min) {
+  void side(const fastops_tensor& c, bool keys, int64_t dim, fastops_tensor* scale, fastops_tensor* zero,
+            fastops_tensor* min) {
     if (c.dtype == dtype || (c.dtype != FASTOPS_U8 && r.one_in(3))) return;
-    *scale = numbers(BIAS, dim);
-    if (r.one_in(3)) return;
-    fastops_tensor* shift = r.one_in(2) ? zero : min;
+    *scale = !kivi  ? numbers(BIAS, dim)
+             : keys ? dense(BIAS, number, {pages, page / 32, Hkv, dim})
+                    : dense(BIAS, number, {pages, page, Hkv, dim / 32});
+    if (!kivi && r.one_in(3)) return;
+    fastops_tensor* shift = !kivi && r.one_in(2) ? zero : min;
     *shift = *scale;
     shift->data =
         region(SINKS).last(Region::kSize) + (static_cast<char*>(scale->data) - region(BIAS).last(Region::kSize));
   }
   void sides(const fastops_tensor& k, int64_t D, const fastops_tensor& v, int64_t Dv) {
-    side(k, D, &kv.k_scale, &kv.k_zero, &kv.k_min);
-    side(v, Dv, &kv.v_scale, &kv.v_zero, &kv.v_min);
+    side(k, true, D, &kv.k_scale, &kv.k_zero, &kv.k_min);
+    side(v, false, Dv, &kv.v_scale, &kv.v_zero, &kv.v_min);
   }
   void windows(int64_t B, int64_t R, int64_t D, int64_t Dv) {
     kv.k_recent = dense(SLOPES, dtype, {B, R, Hkv, D});
@@ -109,7 +117,7 @@ void fuzz_kv(Random& r) {
   KvCache cache(r, dtype);
   fastops_kv_quant& kv = cache.kv;
   const int64_t B = 1 + r.below(3), page = cache.page, pages = cache.pages, Hkv = cache.Hkv;
-  const int64_t G = 1 + r.below(5), D = 8 * (1 + r.below(20)), Dv = r.one_in(2) ? D : 8 * (1 + r.below(20));
+  const int64_t G = 1 + r.below(5), D = cache.dim(), Dv = r.one_in(2) ? D : cache.dim();
   fastops_attention_desc d{};
   d.struct_size = sizeof d;
   d.kv = &kv;
@@ -170,7 +178,7 @@ void fuzz_kv_append(Random& r) {
   const int32_t dtype = static_cast<int32_t>(r.pick({FASTOPS_F32, FASTOPS_F16, FASTOPS_BF16}));
   KvCache cache(r, dtype);
   fastops_kv_quant& kv = cache.kv;
-  const int64_t B = r.below(4), D = 8 * (1 + r.below(20)), Dv = r.one_in(2) ? D : 8 * (1 + r.below(20));
+  const int64_t B = r.below(4), D = cache.dim(), Dv = r.one_in(2) ? D : cache.dim();
   const int64_t room = r.below(5), R = 32 + r.below(20), most = 1 + r.below(r.one_in(3) ? 60 : 4);
   bool windowed = false;
   fastops_kv_append_desc d{};
