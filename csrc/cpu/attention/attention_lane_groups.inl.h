@@ -13,10 +13,9 @@ struct LaneGroups : LaneCodes<kKind, true> {
   using Base = LaneCodes<kKind, true>;
   using Kind = LaneCode<kKind>;
   using Elem = Code<kKind>;
-  using Base::base, Base::bytes, Base::columns, Base::doubles, Base::group, Base::groups, Base::head_in, Base::head_of,
-      Base::is_row, Base::k_bytes, Base::kLanes, Base::kPiece, Base::kStep, Base::l, Base::lane_of, Base::lanes,
-      Base::lead, Base::m, Base::next, Base::p, Base::part, Base::q_scale, Base::q_step, Base::rest, Base::v_bytes,
-      Base::w;
+  using Base::base, Base::bytes, Base::columns, Base::doubles, Base::group, Base::groups, Base::head_in, Base::k_bytes,
+      Base::kLanes, Base::kPiece, Base::kStep, Base::l, Base::lane_of, Base::lanes, Base::m, Base::next, Base::p,
+      Base::part, Base::q_scale, Base::q_step, Base::rest, Base::w;
   static constexpr int kGroupKeys = 32, kGroupChannels = 32;
   static constexpr int kKeysTogether = kGroupKeys;
   static constexpr int kCodes = Kind::kParts;  // of a word
