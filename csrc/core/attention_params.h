@@ -57,6 +57,7 @@ struct AttentionParams {
   // The plan (a function of the shapes and the machine's cores, never of the number of threads).
   int32_t block_rows;    // CPU: rows of a packed work item
   int32_t direct_heads;  // CPU: KV heads of a direct work item
+  int64_t partial_room;  // CPU: bytes for partial results
   double split_cost;     // CPU: of a split of a sequence's keys, in the plan's measure; 0: no splitting
 };
 

@@ -65,6 +65,7 @@ void parallel_items(const fastops_env& env, int64_t n, const F& f, bool fixed = 
         for (int64_t worker = begin; worker < end; ++worker)
           for (int64_t k = 0; k < s->count; ++k) {
             Run& run = s->runs[(worker + k) % s->count];
+            if (k > 0 && run.next.load(std::memory_order_relaxed) >= run.end) continue;  // leaves its line where it is
             for (int64_t i; (i = run.next.fetch_add(1, std::memory_order_relaxed)) < run.end;)
               (*s->f)(i, static_cast<int>(worker));
           }

@@ -1,5 +1,12 @@
 // attention over quantised pages. Part of fuzz.cpp, inside its namespace.
 
+// The header's promise: at most 5/8 MiB of workspace for each thread, and partial results of 1/8 MiB for each core.
+void bound(size_t bytes, const fastops_env& env) {
+  const size_t threads = static_cast<size_t>(env.num_threads), cores = static_cast<size_t>(fastops_cores());
+  REQUIRE(bytes <= (threads * 5 + (cores < 3 ? 3 : cores)) << 17, "%zu bytes for %zu threads", bytes, threads);
+  REQUIRE(threads < cores || bytes <= threads << 20, "%zu bytes for %zu threads", bytes, threads);
+}
+
 // The same bound of workspace for a quantised cache of a dense call's shape (no page is read: no sequence has a key).
 void bound_kv_workspace(fastops_attention_desc d, fastops_env* env) {
   static int32_t zeros[128] = {};
@@ -39,7 +46,7 @@ void bound_kv_workspace(fastops_attention_desc d, fastops_env* env) {
   env->message = message;
   REQUIRE(fastops_attention_workspace(&d, env, &bytes) == FASTOPS_OK, "%s", message);
   env->message = nullptr;
-  REQUIRE(bytes <= static_cast<size_t>(env->num_threads) << 20, "%zu bytes for %d threads", bytes, env->num_threads);
+  bound(bytes, *env);
 }
 
 // A random quantised cache: codes, and what scales them.

@@ -222,6 +222,27 @@ def test_same_bits_for_any_number_of_threads(isa, dtype, b, sq, sk, hkv, group):
         fastops._ops.control.cores_set(0)
 
 
+@pytest.fixture
+def many_cores():
+    """Plans for 64 cores: small calls are cut into many pieces."""
+    fastops._ops.control.cores_set(64)
+    yield
+    fastops._ops.control.cores_set(0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("sq", "sk", "hkv", "group", "d"), [(300, 1500, 1, 2, 64), (130, 900, 2, 4, 128), (500, 500, 1, 1, 72)]
+)
+def test_blocks_of_rows_are_cut_over_keys(isa, many_cores, dtype, sq, sk, hkv, group, d):
+    q, k, v = inputs(1, sq, sk, hkv, group, d, d, dtype)
+    heads = hkv * group
+    check(q, k, v, causal=True)
+    check(q, k, v, causal=True, window=(400, 0), sinks=torch.randn(heads))
+    check(q, k, v, alibi_slopes=torch.rand(heads), softcap=20.0)
+    check(q, k, v, attn_mask=torch.rand(heads, sq, sk) < 0.05)
+
+
 @pytest.mark.parametrize("sq", [1, 50])
 def test_variants_agree(sq):
     from fastops.info import isas
@@ -258,7 +279,11 @@ def test_random_shapes(data):
     sq, sk = draw(st.integers(0, 90)), draw(st.integers(0, 200))
     q, k, v = inputs(draw(st.integers(1, 3)), sq, sk, draw(st.integers(1, 3)), draw(st.integers(1, 9)), d, dv, dtype)
     left, right = draw(st.integers(-1, 100)), draw(st.integers(-1, 20))
-    check(q, k, v, causal=draw(st.booleans()), window=(left, right), softcap=draw(st.sampled_from([0.0, 8.0])))
+    try:
+        fastops._ops.control.cores_set(draw(st.sampled_from([0, 1, 5, 64])))
+        check(q, k, v, causal=draw(st.booleans()), window=(left, right), softcap=draw(st.sampled_from([0.0, 8.0])))
+    finally:
+        fastops._ops.control.cores_set(0)
 
 
 BAD = [

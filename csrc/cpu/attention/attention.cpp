@@ -38,17 +38,21 @@ namespace {
 
 // Everything below depends on shapes, lengths and the machine's cores: results must not change with the number of
 // threads.
-constexpr int64_t kFewItems = 16;  // below this, blocks of query rows become smaller
-constexpr int64_t kKeyStep = 64;   // a split begins and ends at multiples of it,
-constexpr int64_t kMinSplitKeys = 256;
-constexpr int64_t kPartialBudget = 384 << 10;  // bytes for all partial results
-constexpr int64_t kSerialWork = 300000;        // multiply-adds under which waking a thread costs more than it saves
+constexpr int64_t kKeyStep = 64;         // a split begins and ends at multiples of it,
+constexpr double kLeastSplit = 512.0;    // costs at least so much (item_cost), or has 256 keys,
+constexpr double kGoodSplit = 1500.0;    // and so much where every core has one;
+constexpr double kWholeCall = 2000.0;    // calls of less are not split
+constexpr int64_t kSerialWork = 300000;  // multiply-adds under which waking a thread costs more than it saves
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Rows of a packed item: as many as keep q and the accumulator within about 300 KiB (a part of L2), because packing a
-// K/V tile is paid once per item.
-int32_t block_rows_for(int D, int Dv) {
+// Bytes for all partial results (fastops.h promises them).
+int64_t partial_room(int64_t cores) { return cores < 4 ? 384 << 10 : cores < 512 ? cores << 17 : 64 << 20; }
+
+// Rows of a packed item, at most: as many as keep q and the accumulator within about 300 KiB (a part of L2), because
+// packing a K/V tile is paid once per item.
+constexpr int32_t kLeastBlock = 96;  // they are a multiple of it
+int32_t most_block_rows(int D, int Dv) {
   const int d = D > Dv ? D : Dv;
   return d <= 64 ? 480 : d <= 128 ? 288 : 192;
 }
@@ -75,12 +79,30 @@ KeyRange keys_seen(const AttentionParams& p, const Sequence& s) {
   return {first.lo / kKeyStep * kKeyStep, last.hi > first.lo ? last.hi : first.lo};
 }
 
-// What an item over `keys` keys of a sequence costs, in rows of K and V read: 16 rows of q take as long as reading
-// does.
+// What a sequence costs over `keys` keys, and what its largest item does, in rows of K and V read: 16 rows of q take as
+// long as reading does, and 40 as long as packing.
+double cost_of(const AttentionParams& p, const Sequence& s, int64_t keys, int64_t blocks, int64_t rows, int64_t heads) {
+  const double fixed = is_direct(p, s) ? 1.0 : 2.5;
+  return static_cast<double>(keys * heads) * (static_cast<double>(blocks) * fixed + static_cast<double>(rows) / 16.0);
+}
+double sequence_cost(const AttentionParams& p, const Sequence& s, int64_t keys) {
+  return cost_of(p, s, keys, blocks_of(p, s), s.Sq * p.G, p.Hkv);
+}
 double item_cost(const AttentionParams& p, const Sequence& s, int64_t keys) {
   const int64_t rows = s.Sq * p.G < p.block_rows ? s.Sq * p.G : p.block_rows;
   const int64_t heads = !is_direct(p, s) ? 1 : p.Hkv < p.direct_heads ? p.Hkv : p.direct_heads;
-  return static_cast<double>(keys) * static_cast<double>(heads) * (1.0 + static_cast<double>(rows) / 16.0);
+  return cost_of(p, s, keys, 1, rows, heads);
+}
+
+// Bytes of a partial result of one query, all heads.
+int64_t row_bytes(const AttentionParams& p) { return p.Hq * (p.Dv + 1) * static_cast<int64_t>(sizeof(float)); }
+
+// As many splits as `span` keys of a sequence may have: for shorter ones, beginning an item and merging its result cost
+// too much.
+int64_t most_splits(const AttentionParams& p, const Sequence& s, int64_t span) {
+  const int64_t least = static_cast<int64_t>(kLeastSplit / item_cost(p, s, 1)) / kKeyStep * kKeyStep + kKeyStep;
+  const int64_t fit = p.partial_room / (s.Sq * row_bytes(p)), most = span / (least < 256 ? least : 256);
+  return fit < most ? fit : most;
 }
 
 // The splits of a sequence's items: `count` of `keys` keys each, from `first` on.
@@ -89,9 +111,9 @@ struct Splits {
 };
 
 Splits splits_of(const AttentionParams& p, const Sequence& s) {
-  if (p.split_cost == 0.0 || s.Sq * p.G > p.block_rows) return {0, s.Sk, 1};
+  if (p.split_cost == 0.0 || s.Sq < 1) return {0, s.Sk, 1};
   const KeyRange seen = keys_seen(p, s);
-  const int64_t span = seen.hi - seen.lo, most = span / kMinSplitKeys;
+  const int64_t span = seen.hi - seen.lo, most = most_splits(p, s, span);
   const double wanted = item_cost(p, s, span) / p.split_cost - 0.25;  // up to 1.25 of the cost stay whole
   int64_t n = wanted < static_cast<double>(most) ? static_cast<int64_t>(wanted) : most;
   n += n < most && static_cast<double>(n) < wanted;
@@ -102,26 +124,60 @@ Splits splits_of(const AttentionParams& p, const Sequence& s) {
 
 // The cost of a split, 0 for none, when a call has `base` items of at least `least`, at most `most`, `total` together.
 double split_cost(int64_t cores, int64_t base, double least, double most, double total) {
-  if (base == 0 || cores == 1 || (base >= 4 * cores && most * static_cast<double>(2 * cores) <= total)) return 0.0;
-  if (most > 1.25 * least) return total / static_cast<double>(4 * cores);
+  if (cores == 1 || total < kWholeCall || (base >= 4 * cores && most * static_cast<double>(2 * cores) <= total))
+    return 0.0;
+  const double share = total / static_cast<double>(cores);
+  if (most > 1.25 * least) return share / 4.0 > kGoodSplit ? share / 4.0 : share < kGoodSplit ? share : kGoodSplit;
+  const int64_t enough = share / 2.0 >= kGoodSplit ? 2 * cores : cores;
   int64_t n = 1;  // all alike: the smallest number of splits with which every core has as many, or many enough
-  while (base * n < 2 * cores || (base * n % cores != 0 && base * n < 4 * cores)) ++n;
+  while (base * n < enough || (base * n % cores != 0 && base * n < 2 * enough)) ++n;
   return n == 1 ? 0.0 : most / static_cast<double>(n);
 }
 
-// Fills p.block_rows and p.split_cost, and (when given) the prefix sums of items and partial rows per sequence.
-Plan make_plan(AttentionParams& p, int64_t cores, int64_t* item_prefix = nullptr, int64_t* partial_prefix = nullptr) {
-  Plan plan;
-  p.block_rows = block_rows_for(p.D, p.Dv);
-  p.split_cost = 0.0;
-  int64_t max_rows = 0, visible = 0;
+// The time until the last of `cores` cores is done, about, with blocks of p.block_rows rows.
+double time_with_blocks(const AttentionParams& p, int64_t cores) {
+  int64_t items = 0;
+  double total = 0.0, longest = 0.0;
   for (int64_t b = 0; b < p.B; ++b) {
     const Sequence s = sequence(p, b);
-    if (s.Sq * p.G > max_rows) max_rows = s.Sq * p.G;
-    visible += s.Sq * s.Sk;
+    const KeyRange seen = keys_seen(p, s);
+    const int64_t span = seen.hi - seen.lo, n = blocks_of(p, s) * head_groups_of(p, s);
+    if (span == 0) continue;
+    int64_t splits = most_splits(p, s, span);
+    if (splits > ceil_div(2 * cores, n)) splits = ceil_div(2 * cores, n);
+    if (splits < 1 || n >= 4 * cores) splits = 1;
+    const double item = item_cost(p, s, span) / static_cast<double>(splits);
+    longest = item > longest ? item : longest;
+    total += sequence_cost(p, s, span);
+    items += n * splits;
   }
-  plan.max_rows = max_rows;
-  plan.work = visible * p.Hq * (p.D + p.Dv);
+  return items <= cores ? longest : total / static_cast<double>(cores) + longest / 2.0;
+}
+
+// What the plan in p comes to, and (when given) the prefix sums of items and partial rows per sequence.
+Plan count_items(const AttentionParams& p, int64_t* item_prefix = nullptr, int64_t* partial_prefix = nullptr) {
+  Plan plan;
+  for (int64_t b = 0; b < p.B; ++b) {
+    const Sequence s = sequence(p, b);
+    if (item_prefix) item_prefix[b] = plan.items;
+    if (partial_prefix) partial_prefix[b] = plan.partial_rows;
+    const int64_t n = splits_of(p, s).count;
+    plan.items += blocks_of(p, s) * head_groups_of(p, s) * n;
+    if (n > 1) plan.partial_rows += n * s.Sq * p.Hq;
+    if (s.Sq * p.G > plan.max_rows) plan.max_rows = s.Sq * p.G;
+    plan.work += s.Sq * s.Sk;
+  }
+  plan.work *= p.Hq * (p.D + p.Dv);
+  if (item_prefix) item_prefix[p.B] = plan.items;
+  if (partial_prefix) partial_prefix[p.B] = plan.partial_rows;
+  return plan;
+}
+
+// Fills the plan of p.
+Plan make_plan(AttentionParams& p, int64_t cores) {
+  p.block_rows = most_block_rows(p.D, p.Dv);
+  p.split_cost = 0.0;
+  p.partial_room = partial_room(cores);
   // Heads that lie next to each other are read as one stream (attention_modes.inl.h, Direct).
   const int64_t k_row = p.D / kv_channels(p.kq.kind, 1), v_row = p.Dv / kv_channels(p.vq.kind, 1);
   const bool adjacent = p.k_sh == k_row && p.v_sh == v_row && p.k_ss >= p.Hkv * k_row && p.v_ss >= p.Hkv * v_row;
@@ -129,18 +185,21 @@ Plan make_plan(AttentionParams& p, int64_t cores, int64_t* item_prefix = nullptr
   if (p.quant && kDecodedFloats / kDecodedKeys / (p.D + p.Dv) < neighbours)
     neighbours = kDecodedFloats / kDecodedKeys / (p.D + p.Dv);
   p.direct_heads = adjacent && p.Hkv > 1 ? static_cast<int32_t>(p.Hkv < neighbours ? p.Hkv : neighbours) : 1;
-  auto base_items = [&p] {
-    int64_t n = 0;
-    for (int64_t b = 0; b < p.B; ++b) {
-      const Sequence s = sequence(p, b);
-      n += blocks_of(p, s) * head_groups_of(p, s);
-    }
-    return n;
-  };
-  int64_t base = base_items();
-  while (base < kFewItems && p.block_rows > 96 && max_rows > 96) {  // smaller blocks share out better
-    p.block_rows = p.block_rows / 2 >= 96 ? p.block_rows / 2 / 96 * 96 : 96;
-    base = base_items();
+  int64_t max_rows = 0;
+  for (int64_t b = 0; b < p.B; ++b) {
+    const int64_t rows = sequence(p, b).Sq * p.G;
+    max_rows = rows > max_rows ? rows : max_rows;
+  }
+  const int32_t most_rows = p.block_rows;
+  double best = max_rows > kLeastBlock && cores > 1 ? time_with_blocks(p, cores) : 0.0;
+  for (int32_t rows = most_rows - kLeastBlock; best > 0.0 && rows >= kLeastBlock; rows -= kLeastBlock) {
+    const int32_t before = p.block_rows;
+    p.block_rows = rows;
+    const double time = time_with_blocks(p, cores);
+    if (time < best)
+      best = time;
+    else
+      p.block_rows = before;
   }
   int64_t items = 0;
   double least = 0.0, most = 0.0, total = 0.0;
@@ -152,30 +211,15 @@ Plan make_plan(AttentionParams& p, int64_t cores, int64_t* item_prefix = nullptr
     const int64_t n = blocks_of(p, s) * head_groups_of(p, s);
     least = items == 0 || cost < least ? cost : least;
     most = cost > most ? cost : most;
-    total += cost * static_cast<double>(n);
+    total += sequence_cost(p, s, seen.hi - seen.lo);
     items += n;
   }
-  auto partial_bytes = [&p] {
-    int64_t rows = 0;
-    for (int64_t b = 0; b < p.B; ++b) {
-      const Sequence s = sequence(p, b);
-      const int64_t n = splits_of(p, s).count;
-      if (n > 1) rows += n * s.Sq * p.Hq;
-    }
-    return rows * (p.Dv + 1) * static_cast<int64_t>(sizeof(float));
-  };
   p.split_cost = split_cost(cores, items, least, most, total);
-  while (p.split_cost > 0.0 && partial_bytes() > kPartialBudget) p.split_cost *= 2.0;
-  for (int64_t b = 0; b < p.B; ++b) {
-    const Sequence s = sequence(p, b);
-    if (item_prefix) item_prefix[b] = plan.items;
-    if (partial_prefix) partial_prefix[b] = plan.partial_rows;
-    const int64_t n = splits_of(p, s).count;
-    plan.items += blocks_of(p, s) * head_groups_of(p, s) * n;
-    if (n > 1) plan.partial_rows += n * s.Sq * p.Hq;
+  Plan plan = count_items(p);
+  while (plan.partial_rows / p.Hq * row_bytes(p) > p.partial_room) {
+    p.split_cost *= 2.0;
+    plan = count_items(p);
   }
-  if (item_prefix) item_prefix[p.B] = plan.items;
-  if (partial_prefix) partial_prefix[p.B] = plan.partial_rows;
   return plan;
 }
 
@@ -238,7 +282,7 @@ AttentionItem item_at(const AttentionParams& p, int64_t i, const int64_t* item_p
   it.key0 = cut.first + split * cut.keys;
   it.key1 = split + 1 == splits ? s.Sk : it.key0 + cut.keys;
   if (splits > 1) {  // partials of a sequence: [kv head][split][rows]
-    const int64_t slot = partial_prefix[lo] + (it.hkv * splits + split) * rows;
+    const int64_t slot = partial_prefix[lo] + (it.hkv * splits + split) * rows + it.row0;
     it.partial_out = partial_out + slot * p.Dv;
     it.partial_lse = partial_lse + slot;
     it.partial_step = splits * rows;
@@ -248,12 +292,14 @@ AttentionItem item_at(const AttentionParams& p, int64_t i, const int64_t* item_p
 
 int64_t element_size(int32_t dtype) { return dtype == FASTOPS_F32 ? 4 : 2; }
 
-void merge_sequence(const AttentionParams& p, const AttentionTable& table, int64_t b, int64_t hkv,
-                    const int64_t* partial_prefix, const float* partial_out, const float* partial_lse) {
+// Part `part` of `parts` of the rows of a sequence's KV head.
+void merge_sequence(const AttentionParams& p, const AttentionTable& table, int64_t b, int64_t hkv, int64_t part,
+                    int64_t parts, const int64_t* partial_prefix, const float* partial_out, const float* partial_lse) {
   const Sequence s = sequence(p, b);
   const int64_t splits = splits_of(p, s).count, rows = s.Sq * p.G;
+  if (splits < 2) return;
   const int64_t base = partial_prefix[b] + hkv * splits * rows;
-  for (int64_t r = 0; r < rows; ++r) {
+  for (int64_t r = rows * part / parts; r < rows * (part + 1) / parts; ++r) {
     const int64_t qi = s.q0 + r / p.G, head = hkv * p.G + r % p.G;
     const auto state = [&](int64_t i) {
       const int64_t row = base + i * rows + r;
@@ -325,7 +371,7 @@ extern "C" fastops_status fastops_attention_fwd(const fastops_attention_desc* de
   auto* partial_prefix = reinterpret_cast<int64_t*>(ws + at.partial_prefix);
   auto* partial_out = reinterpret_cast<float*>(ws + at.partial_out);
   auto* partial_lse = reinterpret_cast<float*>(ws + at.partial_lse);
-  make_plan(p, cores, item_prefix, partial_prefix);
+  count_items(p, item_prefix, partial_prefix);
   fastops_env inner = *env;
   inner.num_threads = workers;
   parallel_items(inner, plan.items, [&](int64_t i, int worker) {
@@ -338,9 +384,11 @@ extern "C" fastops_status fastops_attention_fwd(const fastops_attention_desc* de
     table.item(p, now, reinterpret_cast<float*>(ws + at.scratch + worker * at.scratch_bytes));
   });
   if (plan.partial_rows > 0) {
-    parallel_items(inner, p.B * p.Hkv, [&](int64_t i, int) {
-      if (splits_of(p, sequence(p, i / p.Hkv)).count > 1)
-        merge_sequence(p, table, i / p.Hkv, i % p.Hkv, partial_prefix, partial_out, partial_lse);
+    const int64_t heads = p.B * p.Hkv, wish = ceil_div(4 * cores, heads);
+    const int64_t parts = wish < plan.max_rows ? wish : plan.max_rows;
+    parallel_items(inner, heads * parts, [&](int64_t i, int) {
+      const int64_t head = i / parts;
+      merge_sequence(p, table, head / p.Hkv, head % p.Hkv, i % parts, parts, partial_prefix, partial_out, partial_lse);
     });
   }
   clear_tail(p, desc->q.size[0]);
