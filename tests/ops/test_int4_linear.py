@@ -122,6 +122,48 @@ def test_same_bits_for_any_number_of_threads(isa, activations, m):
     assert torch.equal(results[0], results[2])
 
 
+@pytest.fixture
+def many_cores():
+    _ops.control.cores_set(64)
+    yield
+    _ops.control.cores_set(0)
+
+
+@pytest.mark.parametrize("activations", ["float", "int8"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("m", "n", "k", "group"), [
+    (1, 8, 16384, 16384), (2, 24, 12288, 96), (3, 56, 8192, 128), (4, 16, 9216, 3072), (40, 72, 1024, 32), (17, 8, 256, 256),
+])  # fmt: skip
+def test_few_outputs(isa, many_cores, activations, dtype, kind, m, n, k, group):
+    """Fewer outputs than cores could share: few rows cut K (within groups, too), more rows are shared out themselves."""
+    w, x, bias = random_weight(n, k, group, kind), torch.randn(m, k).to(dtype), torch.randn(n)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(check(x, w, bias, activations))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_parts_of_k_need_many_features(isa):
+    """K is cut for long rows only: elsewhere the same bits come of plans for any number of cores."""
+    for k, differs in ((4096, False), (65536, True)):
+        w, x = random_weight(16, k, 128), torch.randn(1, k)
+        results = []
+        try:
+            for cores in (1, 64):
+                _ops.control.cores_set(cores)
+                results.append(check(x, w))
+        finally:
+            _ops.control.cores_set(0)
+        assert torch.equal(*results) != differs
+
+
 @pytest.mark.parametrize("activations", ["float", "int8"])
 def test_nan_and_inf_stay_in_their_row(isa, activations):
     w = random_weight(24, 64, 32, "zeros")

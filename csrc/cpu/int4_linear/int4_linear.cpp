@@ -202,13 +202,36 @@ Int4Params slice_of(const Int4Params& p, int64_t slice, int64_t place) {
   return q;
 }
 
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Into how many parts few rows cut K where the blocks of outputs are too few for the machine's cores: a function of
+// the shape and of these, so that results are the same on any number of threads.
+int64_t parts_of(const Int4Params& p) {
+  const int64_t cores = plan_cores(), blocks = ceil_div(p.N, kInt4Block), most = p.K / 8 / kInt4Part;
+  if (p.M > kInt4StreamRows || p.slices > 1 || blocks < 1 || blocks >= cores || most < 2) return 1;
+  const int64_t wish = ceil_div(cores, blocks);
+  return wish < most ? wish : most;
+}
+// Rows [row, row + n) of p.
+Int4Params rows_of(const Int4Params& p, int64_t row, int64_t n) {
+  Int4Params q = p;
+  q.M = n;
+  q.x += row * p.x_sm * size_of(p.dtype);
+  q.out += row * p.out_sm * size_of(p.out_dtype);
+  q.a += row * p.a_row;
+  q.sums += row * p.groups;
+  q.row_scale += row;
+  return q;
+}
+
 struct Layout {
-  int64_t a = 0, sums, row_scale, scratch, scratch_bytes, total;
-  Layout(const Int4Params& p, const Int4Table& table, int workers) {
+  int64_t a = 0, sums, row_scale, partial, scratch, scratch_bytes, total;
+  Layout(const Int4Params& p, const Int4Table& table, int workers, int64_t parts) {
     const int64_t rows = block_rows(p.M) * slices_at_once(p);
     sums = align64(table.row_bytes(p) * rows);
     row_scale = sums + align64(p.summed() ? rows * p.groups * 4 : 0);
-    scratch = row_scale + align64(p.int8 ? rows * 4 : 0);
+    partial = row_scale + align64(p.int8 ? rows * 4 : 0);
+    scratch = partial + (parts > 1 ? parts * p.M * ceil_div(p.N, kInt4Block) * kInt4Block * 4 : 0);
     scratch_bytes = align64(int4_scratch(block_rows(p.M), p.N) * 4);
     total = scratch + scratch_bytes * workers;
   }
@@ -283,7 +306,7 @@ extern "C" fastops_status fastops_int4_linear_workspace(const fastops_int4_linea
   const fastops_status status = check(*desc, &p, env ? env->message : nullptr);
   if (status == FASTOPS_OK)
     *bytes = static_cast<size_t>(
-        Layout(p, FASTOPS_CHOOSE(Int4Table, int4_table).table, linear_workers(env, p.N, p.K)).total);
+        Layout(p, FASTOPS_CHOOSE(Int4Table, int4_table).table, linear_workers(env, p.N, p.K), parts_of(p)).total);
   return status;
 }
 
@@ -291,13 +314,16 @@ extern "C" fastops_status fastops_int4_linear(const fastops_int4_linear_desc* de
   Int4Params p;
   const fastops_status status = check(*desc, &p, env->message);
   if (status != FASTOPS_OK) return status;
-  if (const char* refusal = isa_refusal()) {
+  const char* refusal = isa_refusal();
+  if (refusal == nullptr) refusal = plan_refusal();
+  if (refusal != nullptr) {
     set_message(env->message, "%s", refusal);
     return FASTOPS_ERR_UNSUPPORTED;
   }
   const auto variant = FASTOPS_CHOOSE(Int4Table, int4_table);
   const int workers = linear_workers(env, p.N, p.K);
-  const Layout at(p, variant.table, workers);
+  const int64_t parts = parts_of(p);  // once: the number of cores may be set meanwhile
+  const Layout at(p, variant.table, workers, parts);
   if (at.total > 0 && (static_cast<int64_t>(env->workspace_size) < at.total || env->workspace == nullptr)) {
     set_message(env->message, "int4_linear: workspace has %zu bytes, needs %lld", env->workspace_size, Int{at.total});
     return FASTOPS_ERR_WORKSPACE;
@@ -309,6 +335,7 @@ extern "C" fastops_status fastops_int4_linear(const fastops_int4_linear_desc* de
   p.a = p.a_row > 0 ? ws + at.a : nullptr;
   p.sums = reinterpret_cast<float*>(ws + at.sums);
   p.row_scale = reinterpret_cast<float*>(ws + at.row_scale);
+  if (parts > 1) p.partial = reinterpret_cast<float*>(ws + at.partial);
   fastops_env inner = *env;
   inner.num_threads = workers;
   const int64_t rows = p.M, x_bytes = p.x_sm * size_of(p.dtype), out_bytes = p.out_sm * size_of(p.out_dtype);
@@ -323,15 +350,29 @@ extern "C" fastops_status fastops_int4_linear(const fastops_int4_linear_desc* de
         parallel_items(few, p.M * slices,
                        [&](int64_t r, int) { variant.table.prepare(slice_of(p, slice + r / p.M, r / p.M), r % p.M); });
       }
-      const int64_t width = p.N / p.slices, panels = (width + kInt4Panel - 1) / kInt4Panel;
-      // Codes that stream by are best read in long runs: a few items for each worker. (What is computed stays the
-      // same.)
-      const int64_t few = 8 * workers, all = panels * slices;
-      const int64_t wish = p.M <= kInt4StreamRows ? (all + few - 1) / few : int4_item_panels(p.M, p.N);
-      const int64_t run = wish < panels ? wish : panels, items = (panels + run - 1) / run;
-      parallel_items(inner, items * slices, [&](int64_t item, int worker) {
-        const int64_t place = item / items, first = item % items * run;
-        variant.table.panels(slice_of(p, slice + place, place), first, first + run < panels ? first + run : panels,
+      if (p.M <= kInt4StreamRows) {
+        // Codes are best read in long runs: a few items for each worker. (What is computed stays the same.)
+        const int64_t blocks = ceil_div(p.N / p.slices, kInt4Block), all = blocks * slices;
+        const int64_t run = parts > 1 ? 1 : all < 8 * workers ? ceil_div(all, 2 * workers) : ceil_div(all, 8 * workers);
+        const int64_t items = ceil_div(blocks, run);
+        parallel_items(inner, items * slices * parts, [&](int64_t item, int) {
+          const int64_t place = item / parts / items, first = item / parts % items * run;
+          variant.table.stream(slice_of(p, slice + place, place), first, first + run < blocks ? first + run : blocks,
+                               item % parts, parts);
+        });
+        if (parts > 1) variant.table.join(p, parts);
+        continue;
+      }
+      const int64_t panels = ceil_div(p.N / p.slices, kInt4Panel), wish = int4_item_panels(p.M, p.N);
+      const int64_t run = wish < panels ? wish : panels, items = ceil_div(panels, run) * slices;
+      // Where these are too few, rows are shared out, too: eight at least.
+      const int64_t needed = ceil_div(workers, items), most = p.M < 16 ? 1 : p.M / 8;
+      const int64_t chunks = needed < most ? needed : most;
+      parallel_items(inner, items * chunks, [&](int64_t i, int worker) {
+        const int64_t item = i % items, row = p.M * (i / items) / chunks, end = p.M * (i / items + 1) / chunks;
+        const int64_t place = item / (items / slices), first = item % (items / slices) * run;
+        variant.table.panels(rows_of(slice_of(p, slice + place, place), row, end - row), first,
+                             first + run < panels ? first + run : panels,
                              reinterpret_cast<float*>(ws + at.scratch + worker * at.scratch_bytes));
       });
     }

@@ -13,6 +13,7 @@ constexpr int kInt4Ahead = 4096;    // bytes the prefetch of streamed codes runs
 constexpr int kInt4Units = 128;     // 32-bit units of K that a panel expands at a time: 32 KiB
 constexpr int kInt4RowBlock = 256;  // rows of x at a time: panels are expanded once for each such block
 constexpr int kInt4Wide = 4;        // panels of an item where rows are many: they share the rows they read
+constexpr int64_t kInt4Part = 512;  // words of eight features that a part of K has at least, where it is cut: 32 KiB
 constexpr int kInt4Word = 64;       // bytes of a word of eight codes for each feature of a block
 constexpr int kInt4Word24 = 48;     // the same where two of four columns are kept
 
@@ -39,6 +40,7 @@ struct Int4Params {
   int64_t a_row;
   float* sums;       // [M][groups] of x over each group (not read by fp32 panels)
   float* row_scale;  // [M], int8 activations
+  float* partial;    // [parts][M][blocks][16]: what the parts of K come to, where streams cut it; else NULL
 
   bool summed() const { return int8 || zeros || mins || column_zeros; }  // something is multiplied with sums of x
 };
@@ -47,10 +49,14 @@ struct Int4Table {
   // Bytes of a row of `a`, an odd number of cache lines (powers of two would share a few sets); 0: x itself is read.
   int64_t (*row_bytes)(const Int4Params&);
   void (*prepare)(const Int4Params&, int64_t row);
+  // Few rows: blocks [first, end); or with p.partial part `part` of `parts` of their K, and what the parts come to.
+  void (*stream)(const Int4Params&, int64_t first, int64_t end, int64_t part, int64_t parts);
+  void (*join)(const Int4Params&, int64_t parts);
+  // More: panels [first, end).
   void (*panels)(const Int4Params&, int64_t first, int64_t end, float* scratch);
 };
 
-// Panels of a work item of M rows (stream: the caller decides).
+// Panels of a work item of M rows.
 inline int64_t int4_item_panels(int64_t M, int64_t N) {
   return M >= 32 && N >= 8 * kInt4Wide * kInt4Panel ? kInt4Wide : 1;
 }

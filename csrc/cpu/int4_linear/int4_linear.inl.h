@@ -290,19 +290,21 @@ void finish(const Int4Params& p, int64_t row, int64_t feature0, vf (&values)[kNV
   if (p.out_dtype == FASTOPS_BF16) store_features<bf16>(p, p.out, at, values, n);
 }
 
+// Words [w, end) of a block's rows.
 template <Mode mode, bool k24, int MR>
-void stream(const Int4Params& p, int64_t block, int64_t row0) {
+void stream(const Int4Params& p, int64_t block, int64_t w, int64_t end, vf (&total)[MR][kNV16]) {
+  constexpr int64_t kBytes = mode == Mode::int8 ? 8 : mode == Mode::bf16 ? 16 : 32;  // of x for a word
   const char* a[MR];
-  for (int r = 0; r < MR; ++r) a[r] = row_of(p, row0 + r);
-  vf total[MR][kNV16];
+  for (int r = 0; r < MR; ++r) a[r] = row_of(p, r) + w * kBytes;
   for (int r = 0; r < MR; ++r)
     for (int v = 0; v < kNV16; ++v) total[r][v] = vzero();
-  const int64_t words = p.group / 8, a_step = mode == Mode::int8 ? p.group : p.group * (mode == Mode::bf16 ? 2 : 4);
-  const uint8_t* codes = p.codes + block * (p.K / 8) * p.word_bytes;
-  const bool shifted = p.summed();
-  for (int64_t g = 0; g < p.groups; ++g, codes += words * p.word_bytes) {
+  const int64_t words = p.group / 8;
+  const uint8_t* codes = p.codes + (block * (p.K / 8) + w) * p.word_bytes;
+  bool shifted = p.summed() && w % words == 0;  // where the group begins
+  for (int64_t g = w / words; w < end; ++g) {
+    const int64_t stop = (g + 1) * words, n = (stop < end ? stop : end) - w;
     vf sums[MR][kNV16];
-    stream_words<mode, k24, MR>(codes, words, a, sums);
+    stream_words<mode, k24, MR>(codes, n, a, sums);
     FASTOPS_UNROLL
     for (int v = 0; v < kNV16; ++v) {
       const int64_t at = (block * p.groups + g) * kInt4Block + v * W;
@@ -312,26 +314,63 @@ void stream(const Int4Params& p, int64_t block, int64_t row0) {
       if (shifted) {
         const vf offset = offset_of(p, at, scale, mode != Mode::int8);
         FASTOPS_UNROLL
-        for (int r = 0; r < MR; ++r) total[r][v] = vfma(offset, vset(-p.sums[(row0 + r) * p.groups + g]), total[r][v]);
+        for (int r = 0; r < MR; ++r) total[r][v] = vfma(offset, vset(-p.sums[r * p.groups + g]), total[r][v]);
       }
     }
-    for (int r = 0; r < MR; ++r) a[r] += a_step;
+    w += n;
+    codes += n * p.word_bytes;
+    for (int r = 0; r < MR; ++r) a[r] += n * kBytes;
+    shifted = p.summed();
   }
-  for (int r = 0; r < MR; ++r) finish(p, row0 + r, block * kInt4Block, total[r]);
+}
+
+float* partial_at(const Int4Params& p, int64_t part, int64_t row, int64_t block) {
+  const int64_t blocks = (p.N + kInt4Block - 1) / kInt4Block;
+  return p.partial + ((part * p.M + row) * blocks + block) * kInt4Block;
+}
+
+template <Mode mode, bool k24, int MR>
+void stream_blocks(const Int4Params& p, int64_t first, int64_t end, int64_t part, int64_t parts) {
+  const int64_t words = p.K / 8;
+  for (int64_t block = first; block < end; ++block) {
+    vf total[MR][kNV16];
+    stream<mode, k24, MR>(p, block, words * part / parts, words * (part + 1) / parts, total);
+    for (int r = 0; r < MR; ++r) {
+      if (p.partial == nullptr) {
+        finish(p, r, block * kInt4Block, total[r]);
+        continue;
+      }
+      float* to = partial_at(p, part, r, block);
+      for (int v = 0; v < kNV16; ++v) vstore(to + v * W, total[r][v]);
+    }
+  }
+}
+
+void join_parts(const Int4Params& p, int64_t parts) {
+  for (int64_t row = 0; row < p.M; ++row)
+    for (int64_t block = 0; block * kInt4Block < p.N; ++block) {
+      vf sums[kNV16];
+      for (int v = 0; v < kNV16; ++v) {
+        sums[v] = vzero();
+        for (int64_t part = 0; part < parts; ++part)
+          sums[v] = vadd(sums[v], vload(partial_at(p, part, row, block) + v * W));
+      }
+      finish(p, row, block * kInt4Block, sums);
+    }
 }
 
 template <Mode mode, bool k24>
-void stream_rows(const Int4Params& p, int64_t block) {
+void stream_rows(const Int4Params& p, int64_t first, int64_t end, int64_t part, int64_t parts) {
   static_assert(kInt4StreamRows == 4, "one case for each");
   switch (p.M) {
     case 1:
-      return stream<mode, k24, 1>(p, block, 0);
+      return stream_blocks<mode, k24, 1>(p, first, end, part, parts);
     case 2:
-      return stream<mode, k24, 2>(p, block, 0);
+      return stream_blocks<mode, k24, 2>(p, first, end, part, parts);
     case 3:
-      return stream<mode, k24, 3>(p, block, 0);
+      return stream_blocks<mode, k24, 3>(p, first, end, part, parts);
     default:
-      return stream<mode, k24, 4>(p, block, 0);
+      return stream_blocks<mode, k24, 4>(p, first, end, part, parts);
   }
 }
 
@@ -493,30 +532,42 @@ void expanded_panels(const Int4Params& p, int64_t panel0, int64_t panel_end, flo
 
 // ---- choice --------------------------------------------------------------------------------------------------------
 
-template <Mode mode, class Dot>
-void run_panels(const Int4Params& p, int64_t first, int64_t end, float* scratch) {
-  if (p.M > kInt4StreamRows) return expanded_panels<mode, Dot>(p, first, end, scratch);
-  constexpr int64_t kBlocks = kInt4Panel / kInt4Block;
-  const auto run = p.word_bytes == kInt4Word24 ? stream_rows<mode, true> : stream_rows<mode, false>;
-  for (int64_t b = first * kBlocks; b * kInt4Block < p.N && b < end * kBlocks; ++b) run(p, b);
+template <Mode m, class D>
+struct ModeIs {
+  static constexpr Mode mode = m;
+  using Dot = D;
+};
+template <class F>
+void in_mode_of(const Int4Params& p, const F& f) {
+  switch (mode_of(p)) {
+    case Mode::int8:
+      return f(ModeIs<Mode::int8, DotU8S8>{});
+#if defined(FASTOPS_HAS_BF16_DOT)
+    case Mode::bf16:
+      return f(ModeIs<Mode::bf16, DotBf16>{});
+#endif
+    default:
+      return f(ModeIs<Mode::f32, DotF32>{});
+  }
+}
+
+void int4_stream(const Int4Params& p, int64_t first, int64_t end, int64_t part, int64_t parts) {
+  in_mode_of(p, [&](auto is) {
+    constexpr Mode mode = decltype(is)::mode;
+    (p.word_bytes == kInt4Word24 ? stream_rows<mode, true> : stream_rows<mode, false>)(p, first, end, part, parts);
+  });
 }
 
 void int4_panels(const Int4Params& p, int64_t first, int64_t end, float* scratch) {
-  switch (mode_of(p)) {
-    case Mode::int8:
-      return run_panels<Mode::int8, DotU8S8>(p, first, end, scratch);
-#if defined(FASTOPS_HAS_BF16_DOT)
-    case Mode::bf16:
-      return run_panels<Mode::bf16, DotBf16>(p, first, end, scratch);
-#endif
-    default:
-      return run_panels<Mode::f32, DotF32>(p, first, end, scratch);
-  }
+  in_mode_of(p, [&](auto is) {
+    using Is = decltype(is);
+    expanded_panels<Is::mode, typename Is::Dot>(p, first, end, scratch);
+  });
 }
 
 }  // namespace
 
 extern const Int4Table int4_table;
-const Int4Table int4_table = {&row_bytes, &prepare, &int4_panels};
+const Int4Table int4_table = {&row_bytes, &prepare, &int4_stream, &join_parts, &int4_panels};
 
 }  // namespace fastops::cpu::FASTOPS_ISA
