@@ -212,6 +212,19 @@ int64_t parts_of(const Int4Params& p) {
   const int64_t wish = ceil_div(cores, blocks);
   return wish < most ? wish : most;
 }
+// Into how many chunks of eight rows and more M rows are cut, so that `workers` are done soonest with the chunks of
+// `items` items: expanding a panel takes as long as about ten rows. (What is computed stays the same.)
+int64_t chunks_of(int64_t M, int64_t items, int64_t workers) {
+  int64_t best = 1, soonest = ceil_div(items, workers) * (M + 10);
+  for (int64_t n = 2; n <= M / 8 && n <= workers; ++n) {
+    const int64_t time = ceil_div(items * n, workers) * (ceil_div(M, n) + 10);
+    if (time < soonest) {
+      best = n;
+      soonest = time;
+    }
+  }
+  return best;
+}
 // Rows [row, row + n) of p.
 Int4Params rows_of(const Int4Params& p, int64_t row, int64_t n) {
   Int4Params q = p;
@@ -365,9 +378,7 @@ extern "C" fastops_status fastops_int4_linear(const fastops_int4_linear_desc* de
       }
       const int64_t panels = ceil_div(p.N / p.slices, kInt4Panel), wish = int4_item_panels(p.M, p.N);
       const int64_t run = wish < panels ? wish : panels, items = ceil_div(panels, run) * slices;
-      // Where these are too few, rows are shared out, too: eight at least.
-      const int64_t needed = ceil_div(workers, items), most = p.M < 16 ? 1 : p.M / 8;
-      const int64_t chunks = needed < most ? needed : most;
+      const int64_t chunks = chunks_of(p.M, items, workers);
       parallel_items(inner, items * chunks, [&](int64_t i, int worker) {
         const int64_t item = i % items, row = p.M * (i / items) / chunks, end = p.M * (i / items + 1) / chunks;
         const int64_t place = item / (items / slices), first = item % (items / slices) * run;
