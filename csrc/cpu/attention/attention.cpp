@@ -64,13 +64,22 @@ struct Plan {
   int64_t max_rows = 0;
 };
 
-bool is_direct(const AttentionParams& p, const Sequence& s) { return s.Sq * p.G <= kDirectRows; }
+bool is_direct(const AttentionParams& p, const Sequence& s) {
+  return s.Sq * p.G <= (p.quant ? kDirectRows : kSharedRows);
+}
+
+// KV heads of an item: with more groups of rows fewer, a power of two, so that lanes padded to whole vectors fit as
+// well.
+int64_t heads_of(const AttentionParams& p, const Sequence& s) {
+  if (!is_direct(p, s)) return 1;
+  int64_t most = kDirectHeads;
+  while (most > 1 && most * s.Sq * p.G > kDirectRows * kDirectHeads) most /= 2;
+  return p.direct_heads < most ? p.direct_heads : most;
+}
 
 int64_t blocks_of(const AttentionParams& p, const Sequence& s) { return ceil_div(s.Sq * p.G, p.block_rows); }
 
-int64_t head_groups_of(const AttentionParams& p, const Sequence& s) {
-  return is_direct(p, s) ? ceil_div(p.Hkv, p.direct_heads) : p.Hkv;
-}
+int64_t head_groups_of(const AttentionParams& p, const Sequence& s) { return ceil_div(p.Hkv, heads_of(p, s)); }
 
 // The keys that the queries of a sequence see together; lo in steps of splits.
 KeyRange keys_seen(const AttentionParams& p, const Sequence& s) {
@@ -90,8 +99,7 @@ double sequence_cost(const AttentionParams& p, const Sequence& s, int64_t keys) 
 }
 double item_cost(const AttentionParams& p, const Sequence& s, int64_t keys) {
   const int64_t rows = s.Sq * p.G < p.block_rows ? s.Sq * p.G : p.block_rows;
-  const int64_t heads = !is_direct(p, s) ? 1 : p.Hkv < p.direct_heads ? p.Hkv : p.direct_heads;
-  return cost_of(p, s, keys, 1, rows, heads);
+  return cost_of(p, s, keys, 1, rows, heads_of(p, s));
 }
 
 // Bytes of a partial result of one query, all heads.
@@ -236,7 +244,7 @@ struct Layout {
       return here;
     };
     const int64_t direct = kDirectRows * kDirectHeads;
-    const int64_t rows = plan.max_rows <= kDirectRows || p.block_rows < direct ? direct : p.block_rows;
+    const int64_t rows = plan.max_rows <= kSharedRows || p.block_rows < direct ? direct : p.block_rows;
     item_prefix = take((p.B + 1) * 8);
     partial_prefix = take((p.B + 1) * 8);
     partial_out = take(plan.partial_rows * p.Dv * 4);
@@ -273,7 +281,7 @@ AttentionItem item_at(const AttentionParams& p, int64_t i, const int64_t* item_p
   it.b = lo;
   const int64_t split = rest % splits;
   rest /= splits;
-  const int64_t groups = head_groups_of(p, s), step = is_direct(p, s) ? p.direct_heads : 1;
+  const int64_t groups = head_groups_of(p, s), step = heads_of(p, s);
   it.hkv = rest % groups * step;
   it.heads = p.Hkv - it.hkv < step ? p.Hkv - it.hkv : step;
   const int64_t block = blocks - 1 - rest / groups;

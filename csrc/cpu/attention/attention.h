@@ -11,7 +11,8 @@
 namespace fastops::cpu {
 
 constexpr int kPad = 16;             // head sizes are padded to this many fp32 lanes in scratch, for every variant
-constexpr int kDirectRows = 8;       // up to so many rows read K and V in place; more rows pack each tile first
+constexpr int kDirectRows = 8;       // rows of a KV head that meet rows of K and V where these lie, at once
+constexpr int kSharedRows = 64;      // up to so many do so, in groups; more rows pack each tile first
 constexpr int kDirectKeys = 256;     // and so many keys at a time,
 constexpr int kDirectScores = 4096;  // with so many scores (at least 32 keys of all rows and heads)
 constexpr int kDirectHeads = 16;     // KV heads one direct item may hold

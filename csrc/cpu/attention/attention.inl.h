@@ -147,8 +147,10 @@ void tile_loop(const AttentionParams& p, const AttentionItem& it, const Sequence
   if (first < last) first -= first % Mode::kKeysTogether;
 
   Mode mode(w, p);
-  const auto all = static_cast<size_t>(w.rows * w.heads);
-  if constexpr (!Mode::kInLanes) {
+  size_t all = static_cast<size_t>(w.rows * w.heads);
+  if constexpr (Mode::kInLanes) {
+    all = static_cast<size_t>(mode.rows_held() * w.heads);
+  } else {
     for (size_t r = 0; r < all; ++r) w.st.m[r] = kNegInf;
     std::memset(w.st.l, 0, sizeof(float) * kPad * all);
   }
@@ -182,9 +184,12 @@ void tile_loop(const AttentionParams& p, const AttentionItem& it, const Sequence
         if (next == 0) asked = expect_next<Source>(p, it, mode, w);
       mode.prepare(n, asked);
     }
-    for (int r0 = 0; r0 < w.rows; r0 += Mode::kRows) {
-      const int rows = w.rows - r0 < Mode::kRows ? w.rows - r0 : Mode::kRows, r1 = r0 + rows - 1;
+    if constexpr (Mode::kStreams) mode.asks = true;
+    const int step = mode.rows_at_once();
+    for (int r0 = 0; r0 < w.rows; r0 += step) {
+      const int rows = w.rows - r0 < step ? w.rows - r0 : step, r1 = r0 + rows - 1;
       if (hi[r1] <= key || lo[r0] >= key + n) continue;
+      if constexpr (Mode::kInLanes) mode.take(r0);
       const int seen = hi[r1] - key < n ? static_cast<int>(hi[r1] - key) : n;
       const bool masked = lo[r1] > key || hi[r0] < key + seen;
       mode.scores(r0, rows, seen);
@@ -192,6 +197,7 @@ void tile_loop(const AttentionParams& p, const AttentionItem& it, const Sequence
         mode.softmax(p, key, seen, masked);
         if (masked && !mode.v_finite(seen)) {
           mode.accumulate_seen(seen);
+          if constexpr (Mode::kStreams) mode.asks = false;
           continue;
         }
       } else {
@@ -208,6 +214,7 @@ void tile_loop(const AttentionParams& p, const AttentionItem& it, const Sequence
         }
       }
       mode.accumulate(r0, rows, seen);
+      if constexpr (Mode::kStreams) mode.asks = false;
     }
   }
   for (int h = 0; h < w.heads; ++h) {
@@ -248,7 +255,7 @@ void run_mode(const AttentionParams& p, const AttentionItem& it, const Sequence&
   using T = typename Source::Elem;
   if constexpr (!Source::kDecodes && W >= 8)
     if (!is_general(p) && Lanes<T>::fits(it)) return run_epilogue<Lanes<T>, Source>(p, it, s, scratch);
-  if (it.rows <= kDirectRows) {
+  if (it.rows <= (Source::kDecodes ? kDirectRows : kSharedRows)) {
     run_epilogue<Direct<T>, Source>(p, it, s, scratch);
   } else {
     run_epilogue<Packed<T>, Source>(p, it, s, scratch);

@@ -16,6 +16,7 @@ struct RowStream {
   // `before`: rows that stand before `rows` and were asked for already. `known`: rows of the second run that are known,
   // n2 or more. With each row of the first run the one in its place in the second is touched: a run ahead, so that its
   // page is found before its lines are asked for.
+  RowStream() : RowStream(nullptr, 0, 64, nullptr, 0, 64) {}  // asks for nothing
   RowStream(const void* rows, int n, int64_t row_bytes, const void* rows2, int n2, int64_t row_bytes2, int before = 0,
             int known = 0)
       : next(static_cast<const char* const*>(rows)),
@@ -89,13 +90,14 @@ struct Direct {
   static constexpr bool kStreams = true;
   static constexpr bool kInLanes = false;
   static constexpr int kKeysTogether = 1;
-  static constexpr int kRows = kDirectRows;
   static constexpr int64_t kDecodedBytes = 64 << 10;  // of K, and as many of V: what L2 gives back quickly
   static constexpr int kStep = W / 4;                 // keys of a dot-product block that takes four rows or heads
   Work<T>& w;
   int64_t k_bytes, v_bytes;  // of one key, all heads of the item
   int block, lead;           // keys whose values are weighed together; how far the prefetch runs ahead
   int next = 0;
+  bool asks = true;  // whether the next scores and values ask for rows ahead: a tile's first group of rows does
+  static int rows_at_once() { return kDirectRows; }
 
   static void finish(float*) {}
   Direct(Work<T>& work, const AttentionParams&) : w(work) {
@@ -105,7 +107,7 @@ struct Direct {
     block = keys(8 << 10, 4, kDirectKeys);
     lead = keys(12 << 10, 1, kDirectKeys);
     if (lead < block) lead = block;
-    plan_tile(w.heads * w.rows);
+    plan_tile(w.heads * (w.rows < kDirectRows ? w.rows : kDirectRows));
   }
 
   // As many keys as so many bytes hold.
@@ -147,19 +149,19 @@ struct Direct {
     const T* const* rows;
     int64_t step;  // elements between heads
     const float* a;
-    int64_t lda;
+    int64_t lda, head_a;
     float* c;
-    int64_t ldc;
-    int rows_per_head, dim;
+    int64_t ldc, head_c;
+    int dim;
   };
 
   // c[HB heads][RB rows][JB keys] = q k^T: up to W accumulators, whose horizontal sums are taken together.
   template <int HB, int RB, int JB>
   static FASTOPS_INLINE void dots(const View& t, RowStream& stream, bool ask, int h, int r0, int j) {
     static_assert(HB * RB * JB <= W, "one accumulator per lane of the sums");
-    const float* q = t.a + (static_cast<int64_t>(h) * t.rows_per_head + r0) * t.lda;
-    float* s = t.c + (static_cast<int64_t>(h) * t.rows_per_head + r0) * t.ldc + j;
-    const int64_t head_q = t.rows_per_head * t.lda, head_s = t.rows_per_head * t.ldc;
+    const int64_t head_q = t.head_a, head_s = t.head_c;
+    const float* q = t.a + h * head_q + r0 * t.lda;
+    float* s = t.c + h * head_s + r0 * t.ldc + j;
     vf acc[W];
     FASTOPS_UNROLL
     for (int i = 0; i < W; ++i) acc[i] = vzero();
@@ -225,32 +227,33 @@ struct Direct {
     }
   }
 
-  void scores(int, int rows, int n) {
+  void scores(int r0, int rows, int n) {
     const int now = lead < n ? lead : n;
+    const bool ask = asks;
     RowStream stream(w.kr + now, n - now, k_bytes, w.vr, now, v_bytes, now, n);
-    const View t{w.kr, w.k_step, w.q, w.ldq, w.s, w.BK, w.rows, w.D};
+    const View t{w.kr, w.k_step, w.q + r0 * w.ldq, w.ldq, w.rows * w.ldq, w.s, w.BK, rows * w.BK, w.D};
     if (w.heads == 1) {  // a vector of keys at once
       for (int j = 0; j < n; j += W) {
         int i = 0;
         for (; rows - i >= 4; i += 4)
-          for (int jj = 0; jj < W; jj += W / 4) dots<1, 4, W / 4>(t, stream, i == 0, 0, i, j + jj);
+          for (int jj = 0; jj < W; jj += W / 4) dots<1, 4, W / 4>(t, stream, ask && i == 0, 0, i, j + jj);
         for (; rows - i >= 2; i += 2)
-          for (int jj = 0; jj < W; jj += W / 2) dots<1, 2, W / 2>(t, stream, i == 0, 0, i, j + jj);
-        for (; rows - i >= 1; ++i) dots<1, 1, W>(t, stream, i == 0, 0, i, j);
+          for (int jj = 0; jj < W; jj += W / 2) dots<1, 2, W / 2>(t, stream, ask && i == 0, 0, i, j + jj);
+        for (; rows - i >= 1; ++i) dots<1, 1, W>(t, stream, ask && i == 0, 0, i, j);
       }
       return;
     }
     for (int j = 0; j < n; j += kStep) {
       int h = 0;
       if (rows == 1)
-        for (; h + 4 <= w.heads; h += 4) dots<4, 1, kStep>(t, stream, true, h, 0, j);
+        for (; h + 4 <= w.heads; h += 4) dots<4, 1, kStep>(t, stream, ask, h, 0, j);
       if (rows == 2)
-        for (; h + 2 <= w.heads; h += 2) dots<2, 2, kStep>(t, stream, true, h, 0, j);
+        for (; h + 2 <= w.heads; h += 2) dots<2, 2, kStep>(t, stream, ask, h, 0, j);
       for (; h < w.heads; ++h) {
         int i = 0;
-        for (; rows - i >= 4; i += 4) dots<1, 4, kStep>(t, stream, i == 0, h, i, j);
-        for (; rows - i >= 2; i += 2) dots<1, 2, kStep>(t, stream, i == 0, h, i, j);
-        for (; rows - i >= 1; ++i) dots<1, 1, kStep>(t, stream, i == 0, h, i, j);
+        for (; rows - i >= 4; i += 4) dots<1, 4, kStep>(t, stream, ask && i == 0, h, i, j);
+        for (; rows - i >= 2; i += 2) dots<1, 2, kStep>(t, stream, ask && i == 0, h, i, j);
+        for (; rows - i >= 1; ++i) dots<1, 1, kStep>(t, stream, ask && i == 0, h, i, j);
       }
     }
   }
@@ -260,9 +263,9 @@ struct Direct {
   template <int RB, int NV>
   static FASTOPS_INLINE void weigh(const View& t, RowStream& stream, int h, int r0, int d, int j0, int j1, int share,
                                    int n) {
-    const int64_t row = static_cast<int64_t>(h) * t.rows_per_head + r0, at = h * t.step + d;
-    float* o = t.c + row * t.ldc + d;
-    const float* p = t.a + row * t.lda;
+    const int64_t at = h * t.step + d;
+    float* o = t.c + h * t.head_c + r0 * t.ldc + d;
+    const float* p = t.a + h * t.head_a + r0 * t.lda;
     vf acc[RB][NV];
     FASTOPS_UNROLL
     for (int r = 0; r < RB; ++r) {
@@ -332,10 +335,11 @@ struct Direct {
     for (; d < t.dim; d += W, share = 0) weigh<RB, 1>(t, stream, h, r0, d, j0, j1, share, t.dim - d);
   }
 
-  void accumulate(int, int rows, int n) {
-    const int now = lead < n ? lead : n, share = lines(w.Dv);
+  void accumulate(int r0, int rows, int n) {
+    const int now = lead < n ? lead : n, share = asks ? lines(w.Dv) : 0;
     RowStream stream(w.vr + now, n - now, v_bytes, w.kr + w.tile, lead < next ? lead : next, k_bytes, now, next);
-    const View t{w.vr, w.v_step, kBf16P ? w.p16 : w.s, kBf16P ? w.BK / 2 : w.BK, w.st.o, w.VP, w.rows, w.Dv};
+    const int64_t ldp = kBf16P ? w.BK / 2 : w.BK, vp = w.VP;
+    const View t{w.vr, w.v_step, kBf16P ? w.p16 : w.s, ldp, rows * ldp, w.st.o + r0 * vp, vp, w.rows * vp, w.Dv};
     for (int j = 0; j < n; j += block) {
       const int end = j + block < n ? j + block : n;
       for (int h = 0; h < w.heads; ++h) {

@@ -518,7 +518,7 @@ struct LaneCodes : LaneRows<CodeMode<kKind>, true> {
   }
   // accumulate() key by key, without those of probability 0 (attention_modes.inl.h, accumulate_seen).
   __attribute__((noinline)) void accumulate_seen(int n) {
-    RowStream none(nullptr, 0, 0, nullptr, 0, 0);
+    RowStream none;
     const int64_t step = static_cast<int64_t>(kPart) * w.rows;
     for (int h = 0; h < w.heads; ++h)
       for (int r = 0; r < w.rows; ++r)

@@ -8,52 +8,82 @@ namespace {
 // Which lane holds which row, and what one softmax leaves to the next. Base: what reads the rows (Direct, CodeMode).
 // Heads share a block of lanes as long as their rows fit: a whole vector, or (kHalves) half of one where that is
 // enough.
-template <class Base, bool kHalves>
+//
+// More rows of a head than a vector takes (kGroups) are taken in groups of as many, `per` each, one after the other in
+// every tile; the last row stands for those that are not there.
+template <class Base, bool kHalves, bool kGroups = false>
 struct LaneRows : Base {
   using Base::w;
   static constexpr bool kInLanes = true;
   static constexpr int block_lanes(int rows) { return kHalves && rows <= W / 2 ? W / 2 : W; }
+  int per, row0 = 0;      // rows of a group; the first of the one at work
   int in_block, group;    // heads of a block, and of a vector
   int groups, lanes;      // vectors of all rows, and W times as many; heads there are not stand for the last one
   int columns, part;      // of a row of o; columns that lie side by side in it, for as long as there are so many
   float *m, *l;           // [lanes]
+  float *q, *o;           // of the group at work
+  int64_t q_floats = 0;   // of q for a lane
   float* rest = nullptr;  // `rests` times as many, or none: more sums
   int rests = 1;
   int64_t k_at[kDirectHeads + W];  // where the heads of each block start within the row of a key
 
   template <class... Args>
   LaneRows(Args&&... args) : Base(args...) {
-    in_block = block_lanes(w.rows) / w.rows;
-    group = W / block_lanes(w.rows) * in_block;
+    per = rows_of_group(w.rows);
+    in_block = block_lanes(per) / per;
+    group = W / block_lanes(per) * in_block;
     groups = (w.heads + group - 1) / group;
     lanes = groups * W;
-    l = w.st.l;
-    m = l + lanes;
     for (int h = 0; h < groups * group; ++h) k_at[h] = (h < w.heads ? h : w.heads - 1) * w.k_step;
-    for (int i = 0; i < lanes; i += W) {
-      vstore(m + i, vset(kNegInf));
-      vstore(l + i, vzero());
+    for (int r = 0; r < w.rows; r += per) {
+      take(r);
+      for (int i = 0; i < lanes; i += W) {
+        vstore(m + i, vset(kNegInf));
+        vstore(l + i, vzero());
+      }
     }
+    take(0);
+  }
+  static int rows_of_group(int rows) {
+    if constexpr (!kGroups) return rows;
+    const int count = (rows + kDirectRows - 1) / kDirectRows;
+    return (rows + count - 1) / count;
+  }
+  int rows_at_once() const { return per; }
+  int rows_held() const { return (w.rows + per - 1) / per * per; }  // of a head
+  // From now on the rows from `first` on are at work.
+  void take(int first) {
+    const int g = kGroups ? first / per : 0;
+    row0 = first;
+    l = w.st.l + g * 2 * lanes;
+    m = l + lanes;
+    q = w.q + g * lanes * q_floats;
+    o = w.st.o + static_cast<int64_t>(g) * w.heads * per * w.VP;
   }
 
   // Whether the rows fill the lanes well enough.
   static bool fits(const AttentionItem& it) {
-    if (W < 8 || it.heads < 2 || it.rows > kDirectRows) return false;
-    const int rows = static_cast<int>(it.rows), of = block_lanes(rows);
+    if (W < 8 || it.rows > (kGroups ? kSharedRows : kDirectRows) || (it.heads < 2 && it.rows <= kDirectRows))
+      return false;
+    const int rows = rows_of_group(static_cast<int>(it.rows)), of = block_lanes(rows);
     const int64_t in_block = of / rows;
     return 5 * it.heads * rows >= 3 * of * ((it.heads + in_block - 1) / in_block);
   }
 
-  int lane_of(int h, int r) const { return h / in_block * block_lanes(w.rows) + h % in_block * w.rows + r; }
-  int head_of(int lane) const { return lane / block_lanes(w.rows) * in_block + lane % block_lanes(w.rows) / w.rows; }
-  int row_of(int lane) const { return lane % block_lanes(w.rows) % w.rows; }
-  bool is_row(int lane) const { return lane % block_lanes(w.rows) < in_block * w.rows && head_of(lane) < w.heads; }
+  // Rows are counted from the first one at work.
+  int lane_of(int h, int r) const { return h / in_block * block_lanes(per) + h % in_block * per + r; }
+  int head_of(int lane) const { return lane / block_lanes(per) * in_block + lane % block_lanes(per) / per; }
+  int row_of(int lane) const { return lane % block_lanes(per) % per; }
+  bool is_row(int lane) const { return lane % block_lanes(per) < in_block * per && head_of(lane) < w.heads; }
+  // The one that stands for it.
+  int row_or_last(int r) const { return kGroups && row0 + r >= w.rows ? w.rows - 1 : row0 + r; }
 
   // Keys that a row does not see count as -inf.
   __attribute__((noinline)) void mask(float* s, int64_t key, int n) const {
     float lo[W] = {}, hi[W] = {};
     for (int i = 0; i < W; ++i) {
-      const int64_t a = w.st.lo[row_of(i)] - key, b = w.st.hi[row_of(i)] - key;
+      const int row = row_or_last(row_of(i));
+      const int64_t a = w.st.lo[row] - key, b = w.st.hi[row] - key;
       lo[i] = static_cast<float>(a < 0 ? 0 : a < n ? a : n);
       hi[i] = static_cast<float>(b < 0 ? 0 : b < n ? b : n);
     }
@@ -107,16 +137,16 @@ struct LaneRows : Base {
   // The accumulator: for each head [parts][rows][width], parts of `part` columns, then of W.
   template <class F>
   void parts(int h, int r, F&& f) const {
-    float* o = w.st.o + static_cast<int64_t>(h) * w.rows * w.VP;
+    float* first = o + static_cast<int64_t>(h) * per * w.VP;
     for (int d = 0, width; d < columns; d += width) {
       width = d + part <= columns ? part : W;
-      f(o + static_cast<int64_t>(d) * w.rows + r * width, d, width);
+      f(first + static_cast<int64_t>(d) * per + r * width, d, width);
     }
   }
   float* gathered(int h, int r) const {
     float* to = w.k;  // Packed's room
-    parts(h, r, [&](float* o, int at, int width) {
-      for (int d = 0; d < width; d += W) vstore(to + at + d, vload(o + d));
+    parts(h, r, [&](float* from, int at, int width) {
+      for (int d = 0; d < width; d += W) vstore(to + at + d, vload(from + d));
     });
     return to;
   }
@@ -132,9 +162,10 @@ struct LaneRows : Base {
 };
 
 template <class T>
-struct Lanes : LaneRows<Direct<T>, sizeof(T) == 2> {  // two keys at once load less, but cost more where rows are long
-  using Rows = LaneRows<Direct<T>, sizeof(T) == 2>;
-  using Rows::block_lanes, Rows::group, Rows::groups, Rows::lane_of, Rows::lanes, Rows::part, Rows::w;
+struct Lanes : LaneRows<Direct<T>, sizeof(T) == 2, true> {  // two keys at once load less, but cost more for long rows
+  using Rows = LaneRows<Direct<T>, sizeof(T) == 2, true>;
+  using Rows::asks, Rows::block_lanes, Rows::group, Rows::groups, Rows::lane_of, Rows::lanes, Rows::part, Rows::per,
+      Rows::w;
   static constexpr int kUnit = kDot16<T> ? 2 * W : W;  // elements of a row that a vector of q holds
   static constexpr int kKeysPerWeight = kDot16<T> ? 2 : 1;
 
@@ -145,12 +176,13 @@ struct Lanes : LaneRows<Direct<T>, sizeof(T) == 2> {  // two keys at once load l
 
   Lanes(Work<T>& work, const AttentionParams& p) : Rows(work, p) {
     this->columns = w.Dv;
-    part = part_vectors(w.rows) * W;
+    part = part_vectors(per) * W;
+    this->q_floats = q_steps() * W;
     this->block = this->keys(12 << 10, 2, kDirectKeys);
     this->lead = this->keys(16 << 10, 1, kDirectKeys);
     if (this->lead < this->block) this->lead = this->block;
     this->plan_tile(lanes);
-    std::memset(w.q, 0, sizeof(float) * static_cast<size_t>(lanes * q_steps() * W));
+    std::memset(w.q, 0, sizeof(float) * static_cast<size_t>(this->rows_held() / per * lanes * q_steps() * W));
   }
   int q_steps() const { return (w.D + kUnit - 1) / kUnit; }
 
@@ -158,10 +190,11 @@ struct Lanes : LaneRows<Direct<T>, sizeof(T) == 2> {  // two keys at once load l
   void load_q(const AttentionParams& p, const AttentionItem& it, const Sequence& seq, int h) {
     const T* base = reinterpret_cast<const T*>(p.q) + it.b * p.q_sb + seq.q0 * p.q_ss + (it.hkv + h) * p.G * p.q_sh;
     const int steps = q_steps();
-    for (int r = 0; r < w.rows; ++r) {
-      const int64_t at = it.row0 + r;
+    for (int r = 0; r < this->rows_held(); ++r) {
+      if (r % per == 0) this->take(r);
+      const int64_t at = it.row0 + this->row_or_last(r % per);
       const T* src = base + at / p.G * p.q_ss + at % p.G * p.q_sh;
-      float* dst = w.q + (static_cast<int64_t>(h / group) * steps * W + lane_of(h, r) % W) * W;
+      float* dst = this->q + (static_cast<int64_t>(h / group) * steps * W + lane_of(h, r % per) % W) * W;
       for (int d = 0; d < w.D; d += kUnit, dst += W * W) {
         const int left = w.D - d;
 #if defined(FASTOPS_HAS_BF16_DOT)
@@ -273,7 +306,7 @@ struct Lanes : LaneRows<Direct<T>, sizeof(T) == 2> {  // two keys at once load l
     static constexpr Of kOf[] = {&Lanes::scores_of<1>, &Lanes::scores_of<2>, &Lanes::scores_of<3>,
                                  &Lanes::scores_of<4>, &Lanes::scores_of<5>, &Lanes::scores_of<6>,
                                  &Lanes::scores_of<7>, &Lanes::scores_of<8>};
-    (this->*kOf[w.rows - 1])(n);
+    (this->*kOf[per - 1])(n);
   }
   template <int RB>
   void scores_of(int n) {
@@ -288,12 +321,13 @@ struct Lanes : LaneRows<Direct<T>, sizeof(T) == 2> {  // two keys at once load l
   void scores_in(int n) {
     constexpr int kBlock = block_lanes(RB), JB = W / kBlock, HB = kBlock / RB;
     const int now = this->lead < n ? this->lead : n, dim = w.D, vectors = groups, heads = w.heads;
-    RowStream stream(w.kr + now, n - now, this->k_bytes, w.vr, now, this->v_bytes, now, n);
+    RowStream stream =
+        asks ? RowStream(w.kr + now, n - now, this->k_bytes, w.vr, now, this->v_bytes, now, n) : RowStream();
     const T* const* rows = w.kr;
     const int64_t q_step = static_cast<int64_t>(q_steps()) * W * W, pitch = lanes;
     float* s = w.s;
     for (int j = 0; j < n; j += JB, s += JB * pitch) {  // the key behind an odd last one is that one again
-      const float* q = w.q;
+      const float* q = this->q;
       const int64_t* at = this->k_at;
       for (int g = 0; g < vectors; ++g, at += JB * HB, q += q_step) {
         const vf a = dots<RB, kDim>(stream, rows + j, at, dim, q);
@@ -417,21 +451,24 @@ struct Lanes : LaneRows<Direct<T>, sizeof(T) == 2> {  // two keys at once load l
     static constexpr Of kOf[] = {&Lanes::accumulate_of<1>, &Lanes::accumulate_of<2>, &Lanes::accumulate_of<3>,
                                  &Lanes::accumulate_of<4>, &Lanes::accumulate_of<5>, &Lanes::accumulate_of<6>,
                                  &Lanes::accumulate_of<7>, &Lanes::accumulate_of<8>};
-    (this->*kOf[w.rows - 1])(n);
+    (this->*kOf[per - 1])(n);
   }
   template <int RB>
   void accumulate_of(int n) {
     constexpr int kBlock = block_lanes(RB), HB = kBlock / RB, NV = part_vectors(RB);
+    const T* const behind = w.vr[n];
     if (n % 2 == 1) w.vr[n] = w.vr[n - 1];  // stands beside a probability of 0
     const int now = this->lead < n ? this->lead : n, dim = w.Dv;
-    RowStream stream(w.vr + now, n - now, this->v_bytes, w.kr + w.tile,
-                     this->lead < this->next ? this->lead : this->next, this->k_bytes, now, this->next);
+    RowStream stream =
+        asks ? RowStream(w.vr + now, n - now, this->v_bytes, w.kr + w.tile,
+                         this->lead < this->next ? this->lead : this->next, this->k_bytes, now, this->next)
+             : RowStream();
     const int64_t head_o = static_cast<int64_t>(RB) * w.VP, v_step = w.v_step, pitch = lanes;
     const T* const* v = w.vr;
     for (int j = 0; j < n; j += this->block) {
       const int end = j + this->block < n ? j + this->block : n;
       const float* x = weights() + j / kKeysPerWeight * pitch;
-      float* o = w.st.o;
+      float* o = this->o;
       for (int h = 0; h < w.heads; ++h, o += head_o) {
         const float* mine = x + h / HB * kBlock + h % HB * RB;
         int d = 0;
@@ -440,12 +477,13 @@ struct Lanes : LaneRows<Direct<T>, sizeof(T) == 2> {  // two keys at once load l
         for (; d < dim; d += W) weigh<RB, 1>(stream, v, h * v_step + d, mine, pitch, o + d * RB, j, end, dim - d);
       }
     }
+    w.vr[n] = behind;  // which another group of rows may see
   }
 
   // accumulate() key by key, without those of probability 0 (attention_modes.inl.h, accumulate_seen).
   __attribute__((noinline)) void accumulate_seen(int n) {
     for (int h = 0; h < w.heads; ++h)
-      for (int r = 0; r < w.rows; ++r)
+      for (int r = 0; r < per; ++r)
         for (int j = 0; j < n; ++j) {
           const float* x = weights() + static_cast<int64_t>(j / kKeysPerWeight) * lanes + lane_of(h, r);
           const float pj = kDot16<T> ? to_f32(reinterpret_cast<const bf16*>(x)[j % 2]) : *x;
@@ -460,7 +498,11 @@ struct Lanes : LaneRows<Direct<T>, sizeof(T) == 2> {  // two keys at once load l
         }
   }
 
-  Row row(int h, int r) const { return {this->gathered(h, r), this->m[lane_of(h, r)], this->l[lane_of(h, r)]}; }
+  Row row(int h, int r) {
+    this->take(r / per * per);
+    const int lane = lane_of(h, r % per);
+    return {this->gathered(h, r % per), this->m[lane], this->l[lane]};
+  }
 };
 
 }  // namespace

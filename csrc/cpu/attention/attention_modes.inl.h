@@ -53,7 +53,7 @@ struct Work {
         heads(static_cast<int>(it.heads)),
         k_step(p.quant ? p.D : p.k_sh),
         v_step(p.quant ? p.Dv : p.v_sh) {
-    const int rows_max = it.rows > kDirectRows ? p.block_rows : kDirectRows * kDirectHeads;
+    const int rows_max = it.rows > kSharedRows ? p.block_rows : kDirectRows * kDirectHeads;
     const AttentionScratch at = attention_scratch(D, Dv, rows_max, BK, p.quant);
     const int64_t dp = (D + 31) / 32 * 32;
     ldq = kDot16<T> ? dp / 2 : dp;
@@ -157,6 +157,7 @@ struct Packed {
 #endif
   Work<T>& w;
   bool v_is_finite = true;
+  static int rows_at_once() { return kRows; }
 
   Packed(Work<T>& work, const AttentionParams&) : w(work) {}
   static void finish(float*) {}

@@ -222,11 +222,12 @@ struct CodeMode {
   static constexpr bool kStreams = true;
   static constexpr bool kInLanes = false;
   static constexpr int kKeysTogether = 1;
-  static constexpr int kRows = kDirectRows;
+  static int rows_at_once() { return kDirectRows; }
   Work<Code<kKind>>& w;
   const AttentionParams& p;
   int64_t k_bytes, v_bytes;  // of one key, all heads of the item
   int next = 0;              // keys behind this tile to be asked for
+  bool asks = true;          // as Direct has it
   KeyScales numbers;
 
   // Tiles of so many keys.
