@@ -61,6 +61,9 @@ struct AttentionParams {
   double split_cost;     // CPU: of a split of a sequence's keys, in the plan's measure; 0: no splitting
 };
 
+// Whether scores take more than a positive factor.
+inline bool is_general(const AttentionParams& p) { return p.softcap > 0.0f || p.bias || p.alibi || !(p.scale > 0.0f); }
+
 // One sequence of the batch.
 struct Sequence {
   int64_t q0, k0;  // first row of q/out/lse and of k/v (ragged layouts; 0 otherwise)

@@ -198,7 +198,7 @@ def test_large_scores_do_not_overflow(isa):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("b", "sq", "sk", "hkv", "group"), [(1, 1, 3000, 2, 4), (2, 70, 500, 2, 2), (1, 600, 600, 1, 1)]
+    ("b", "sq", "sk", "hkv", "group"), [(1, 1, 3000, 2, 4), (2, 70, 500, 2, 2), (1, 600, 600, 1, 1), (2, 5, 900, 3, 3)]
 )
 def test_same_bits_for_any_number_of_threads(isa, dtype, b, sq, sk, hkv, group):
     """However many cores the plan is for (how many pieces long sequences are cut into)."""
@@ -241,6 +241,24 @@ def test_blocks_of_rows_are_cut_over_keys(isa, many_cores, dtype, sq, sk, hkv, g
     check(q, k, v, causal=True, window=(400, 0), sinks=torch.randn(heads))
     check(q, k, v, alibi_slopes=torch.rand(heads), softcap=20.0)
     check(q, k, v, attn_mask=torch.rand(heads, sq, sk) < 0.05)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("sq", "hkv", "group", "d", "dv"), [
+    (3, 8, 4, 128, 128), (1, 3, 16, 64, 72), (16, 5, 1, 40, 64), (9, 2, 1, 128, 64), (2, 1, 7, 64, 64), (5, 16, 2, 24, 24),
+])  # fmt: skip
+def test_rows_of_a_head_in_two_groups(isa, dtype, sq, hkv, group, d, dv):
+    """9 to 16 rows of a KV head, from 512 keys on: whole groups and others, heads side by side and apart."""
+    q, k, v = inputs(2, sq, 601, hkv, group, d, dv, dtype)
+    apart = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (k, v)]
+    sinks = torch.randn(hkv * group)
+    for options in ({}, {"causal": True}, {"causal": True, "window": (530, 0), "sinks": sinks}, {"window": (-1, 3)}):
+        check(q, k, v, **options)
+        check(q, *apart, **options)
+    v[:, 600] = float("nan")  # the last query alone sees it
+    out = fastops.attention(q, k, v, causal=True)
+    assert torch.isfinite(out[:, :-1]).all()
+    assert torch.isnan(out[:, -1]).all()
 
 
 @pytest.mark.parametrize("sq", [1, 50])

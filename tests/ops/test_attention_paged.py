@@ -35,7 +35,8 @@ def paged(lens, queries, page, hkv=2, group=2, d=64, dtype=torch.float32, spare=
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("page", [1, 4, 16, 256])
 @pytest.mark.parametrize(
-    ("lens", "queries"), [([1, 700, 33], [1, 1, 1]), ([50, 300, 9, 0], [50, 1, 4, 0]), ([130], [70])]
+    ("lens", "queries"),
+    [([1, 700, 33], [1, 1, 1]), ([50, 300, 9, 0], [50, 1, 4, 0]), ([130], [70]), ([600, 40, 900], [6, 1, 8])],
 )
 def test_matches_gathered_pages(isa, dtype, page, lens, queries):
     args = paged(lens, queries, page, dtype=dtype)

@@ -64,10 +64,6 @@ struct Plan {
   int64_t max_rows = 0;
 };
 
-bool is_direct(const AttentionParams& p, const Sequence& s) {
-  return s.Sq * p.G <= (p.quant ? kDirectRows : kSharedRows);
-}
-
 // KV heads of an item: with more groups of rows fewer, a power of two, so that lanes padded to whole vectors fit as
 // well.
 int64_t heads_of(const AttentionParams& p, const Sequence& s) {

@@ -12,12 +12,20 @@ namespace fastops::cpu {
 
 constexpr int kPad = 16;             // head sizes are padded to this many fp32 lanes in scratch, for every variant
 constexpr int kDirectRows = 8;       // rows of a KV head that meet rows of K and V where these lie, at once
-constexpr int kSharedRows = 64;      // up to so many do so, in groups; more rows pack each tile first
+constexpr int kSharedRows = 16;      // up to so many may do so, in groups
+constexpr int kSharedKeys = 512;     // where so many keys are to be seen; else, and for more rows, tiles are packed
 constexpr int kDirectKeys = 256;     // and so many keys at a time,
 constexpr int kDirectScores = 4096;  // with so many scores (at least 32 keys of all rows and heads)
 constexpr int kDirectHeads = 16;     // KV heads one direct item may hold
 constexpr int kMaxKeyTile = 128;
 constexpr int kRowGroup = 32;  // scratch rows are padded to a multiple of this
+
+// Whether the rows of a sequence read K and V in place.
+inline bool is_direct(const AttentionParams& p, const Sequence& s) {
+  const int64_t rows = s.Sq * p.G;
+  if (rows <= kDirectRows) return true;
+  return rows <= kSharedRows && s.Sk >= kSharedKeys && p.D <= 128 && p.Dv <= 128 && !p.quant && !is_general(p);
+}
 
 inline int pad_dim(int d) { return (d + kPad - 1) / kPad * kPad; }
 

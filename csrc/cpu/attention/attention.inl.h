@@ -231,9 +231,6 @@ void tile_loop(const AttentionParams& p, const AttentionItem& it, const Sequence
 
 // ---- choice of instantiation ---------------------------------------------------------------------------------------
 
-// Whether scores take more than a positive factor.
-inline bool is_general(const AttentionParams& p) { return p.softcap > 0.0f || p.bias || p.alibi || !(p.scale > 0.0f); }
-
 template <class Mode, class Source, class Epilogue>
 void run_general(const AttentionParams& p, const AttentionItem& it, const Sequence& s, float* scratch) {
   if constexpr (!Mode::kInLanes)
@@ -253,9 +250,10 @@ void run_epilogue(const AttentionParams& p, const AttentionItem& it, const Seque
 template <class Source>
 void run_mode(const AttentionParams& p, const AttentionItem& it, const Sequence& s, float* scratch) {
   using T = typename Source::Elem;
+  const bool direct = it.rows <= kDirectRows || is_direct(p, s);
   if constexpr (!Source::kDecodes && W >= 8)
-    if (!is_general(p) && Lanes<T>::fits(it)) return run_epilogue<Lanes<T>, Source>(p, it, s, scratch);
-  if (it.rows <= (Source::kDecodes ? kDirectRows : kSharedRows)) {
+    if (direct && !is_general(p) && Lanes<T>::fits(it)) return run_epilogue<Lanes<T>, Source>(p, it, s, scratch);
+  if (direct) {
     run_epilogue<Direct<T>, Source>(p, it, s, scratch);
   } else {
     run_epilogue<Packed<T>, Source>(p, it, s, scratch);

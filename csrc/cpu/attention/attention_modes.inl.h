@@ -172,11 +172,15 @@ struct Packed {
     return elems >= W ? vload(p) : vloadn(p, elems);
   }
 
-  // K -> [depth][BK]: units of the head dimension down, keys across.
-  void pack_k(int n) {
+  // K -> [depth][BK]: units of the head dimension down, keys across. The same place of the `next` rows behind them is
+  // asked for meanwhile: few rows of q would wait for memory at every tile.
+  void pack_k(int n, int next) {
     constexpr int kPerUnit = kDot16<T> ? 2 : 1;
     for (int j = 0; j < n; j += W) {
+      const int there = next - j < W ? next - j : W;
       for (int u = 0; u < w.depth; u += W) {
+        if (u % 16 == 0)  // a line
+          for (int i = 0; i < there; ++i) vprefetch_l2(w.kr[w.tile + j + i] + u * kPerUnit);
         vf r[W];
         for (int i = 0; i < W; ++i)
           r[i] = load_units((j + i < n ? w.kr[j + i] : w.zero_row) + u * kPerUnit, w.D - u * kPerUnit);
@@ -192,10 +196,13 @@ struct Packed {
   }
 
   // V -> [keys][VP] fp32, or [keys / 2][VP] pairs of bf16 (keys 2i and 2i+1).
-  void pack_v(int n) {
+  void pack_v(int n, int next) {
+    constexpr int kLine = 64 / static_cast<int>(sizeof(T)), kKeys = kDot16<T> ? 2 : 1;
     vf poison = vzero();
     const int units = value_units(n);
     for (int u = 0; u < units; ++u) {
+      for (int j = u * kKeys; j < (u + 1) * kKeys && j < next; ++j)
+        for (int d = 0; d < w.Dv; d += kLine) vprefetch_l2(w.vr[w.tile + j] + d);
       float* dst = w.v + static_cast<int64_t>(u) * w.VP;
       for (int d = 0; d < w.VP; d += W) {
         const int left = w.Dv - d;
@@ -227,9 +234,9 @@ struct Packed {
     return kDot16<T> ? (n + 1) / 2 : n;
   }
 
-  void prepare(int n, int) {
-    pack_k(n);
-    pack_v(n);
+  void prepare(int n, int next) {
+    pack_k(n, next);
+    pack_v(n, next);
   }
   bool v_finite(int) const { return v_is_finite; }
 

@@ -244,6 +244,7 @@ FASTOPS_INLINE vf vload_u2(const uint8_t* p) {
 }
 FASTOPS_INLINE void vprefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 FASTOPS_INLINE void vprefetch_here(const void* p) { vprefetch(p); }
+FASTOPS_INLINE void vprefetch_l2(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 FASTOPS_INLINE void vprefetch_to_write(const void* p) { __builtin_prefetch(p, 1); }
 
 }  // namespace

@@ -353,6 +353,7 @@ FASTOPS_INLINE void vprefetch(const void* p) { _mm_prefetch(static_cast<const ch
 FASTOPS_INLINE void vprefetch_here(const void* p) {
   __asm__ volatile("prefetcht0 %0" : : "m"(*static_cast<const char*>(p)));
 }
+FASTOPS_INLINE void vprefetch_l2(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 FASTOPS_INLINE void vprefetch_to_write(const void* p) { __builtin_prefetch(p, 1); }
 
 }  // namespace
