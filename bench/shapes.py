@@ -22,12 +22,13 @@ MODELS = {
     "gemma3-270m": Model(4, 1, 256, window=512),
     "gemma3-4b": Model(8, 4, 256, window=1024),
     "mistral-7b": Model(32, 8, 128, window=4096),
+    "qwen3-235b": Model(64, 4, 128),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """batch, queries and keys per sequence, heads, head size; `phase` is prefill, decode or mixed."""
+    """batch, queries and keys per sequence, heads, head size; `phase` is one of PHASES, or call."""
 
     b: int
     sq: int
@@ -49,10 +50,12 @@ def of_model(m: Model, phase: str) -> list[Shape]:
         return [Shape(1, s, s, m.hq, m.hkv, m.d, phase, m.window) for s in (512, 2048)]
     if phase == "decode":
         return [Shape(b, 1, 4096, m.hq, m.hkv, m.d, phase) for b in (1, 8)]
+    if phase == "verify":  # tokens that a smaller model drafted
+        return [Shape(1, s, 4096, m.hq, m.hkv, m.d, phase) for s in (4, 8)]
     return [Shape(4, 64, 2048, m.hq, m.hkv, m.d, phase)]
 
 
-PHASES = ("prefill", "decode", "mixed")
+PHASES = ("prefill", "decode", "verify", "mixed")
 BARS = [
     Shape(1, 1024, 1024, 32, 8, 128, "prefill"),
     Shape(1, 2048, 2048, 16, 16, 64, "prefill"),
@@ -82,7 +85,7 @@ def named(text: str) -> list[Shape]:
                 out += of_model(MODELS[name], p)
         else:
             known = ", ".join(["bars", "quick", "tiny", *MODELS])
-            raise ValueError(f"--shapes: unknown {part.strip()!r}; known: {known}, and MODEL:prefill|decode|mixed")
+            raise ValueError(f"--shapes: unknown {part.strip()!r}; known: {known}, and MODEL:{'|'.join(PHASES)}")
     return list(dict.fromkeys(out))
 
 

@@ -52,13 +52,16 @@ def torch_sdpa(s: Shape) -> Any:
     return lambda x: F.scaled_dot_product_attention(*x[3:6], mask, enable_gqa=True)
 
 
+KINDS = {"prefill": "compute", "mixed": "compute", "call": "latency"}
+
+
 def cases(shapes: list[Shape], dtypes: list[str]) -> list[Case]:
     out = []
     for s in shapes:
         for name in ["fp32"] if s.phase == "call" else dtypes:
             dtype = DTYPES[name]
             flops, size = work(s, dtype)
-            kind = {"prefill": "compute", "mixed": "compute", "decode": "memory", "call": "latency"}[s.phase]
+            kind = KINDS.get(s.phase, "memory")
             sdpa = torch_sdpa(s)
             kw = {"causal": s.sq > 1, "window": window(s)}
             run = {
