@@ -220,7 +220,7 @@ Plan make_plan(AttentionParams& p, int64_t cores) {
   }
   p.split_cost = split_cost(cores, items, least, most, total);
   Plan plan = count_items(p);
-  while (plan.partial_rows / p.Hq * row_bytes(p) > p.partial_room) {
+  while (plan.partial_rows * (p.Dv + 1) * static_cast<int64_t>(sizeof(float)) > p.partial_room) {
     p.split_cost *= 2.0;
     plan = count_items(p);
   }
