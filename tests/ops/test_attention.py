@@ -275,6 +275,19 @@ def test_variants_agree(sq):
         torch.testing.assert_close(out, outs["scalar"], rtol=1e-5, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("b", "sq", "sk", "heads"), [(0, 3, 5, 2), (2, 3, 5, 0), (2, 0, 5, 2), (2, 3, 0, 2), (1, 0, 0, 0)]
+)
+def test_nothing_to_do(many_cores, dtype, b, sq, sk, heads):
+    q, k, v = (torch.randn(b, n, heads, d).to(dtype) for n, d in ((sq, 64), (sk, 64), (sk, 32)))
+    out, lse = fastops.attention(q, k, v, causal=True, return_lse=True)
+    assert out.shape == (b, sq, heads, 32)
+    assert lse.shape == (b, heads, sq)
+    assert not out.any()
+    assert torch.isneginf(lse).all()
+
+
 def test_out_argument(isa):
     q, k, v = inputs(2, 5, 9, 1, 2, 64, 64, torch.bfloat16)
     want, want_lse = fastops.attention(q, k, v, return_lse=True)
