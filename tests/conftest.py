@@ -31,6 +31,14 @@ def isa(request):
     assert ran == want, f"asked for {want}, but {ran or 'nothing'} ran"
 
 
+@pytest.fixture
+def many_cores():
+    """Plans for 64 cores: small calls are cut into many pieces."""
+    _ops.control.cores_set(64)
+    yield
+    _ops.control.cores_set(0)
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

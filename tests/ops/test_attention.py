@@ -222,14 +222,6 @@ def test_same_bits_for_any_number_of_threads(isa, dtype, b, sq, sk, hkv, group):
         fastops._ops.control.cores_set(0)
 
 
-@pytest.fixture
-def many_cores():
-    """Plans for 64 cores: small calls are cut into many pieces."""
-    fastops._ops.control.cores_set(64)
-    yield
-    fastops._ops.control.cores_set(0)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("sq", "sk", "hkv", "group", "d"), [(300, 1500, 1, 2, 64), (130, 900, 2, 4, 128), (500, 500, 1, 1, 72)]

@@ -49,18 +49,14 @@ def test_matches_reference(isa, dtype, activations, form, m, n, k, group, slices
 
 @pytest.mark.parametrize("activations", ["float", "int8"])
 @pytest.mark.parametrize("form", ["eight", *FORMS])
-def test_few_outputs(isa, form, activations):
+def test_few_outputs(isa, many_cores, form, activations):
     """Parts of K (one slice), and shares of rows (any)."""
-    _ops.control.cores_set(64)
-    try:
-        for m, n, k, slices in ((1, 24, 16384, 1), (4, 16, 12288, 1), (40, 64, 512, 2)):
-            if form == "eight":
-                w = quantize(torch.randn(n, k), 128, bits=8)
-            else:
-                w = make(form, n, k, 96 if k % 96 == 0 else 64, slices)
-            check(torch.randn(m, w.shape[1]), w, torch.randn(n), activations)
-    finally:
-        _ops.control.cores_set(0)
+    for m, n, k, slices in ((1, 24, 16384, 1), (4, 16, 12288, 1), (40, 64, 512, 2)):
+        if form == "eight":
+            w = quantize(torch.randn(n, k), 128, bits=8)
+        else:
+            w = make(form, n, k, 96 if k % 96 == 0 else 64, slices)
+        check(torch.randn(m, w.shape[1]), w, torch.randn(n), activations)
 
 
 def test_rows_beyond_a_block_and_many_slices(isa):

@@ -122,13 +122,6 @@ def test_same_bits_for_any_number_of_threads(isa, activations, m):
     assert torch.equal(results[0], results[2])
 
 
-@pytest.fixture
-def many_cores():
-    _ops.control.cores_set(64)
-    yield
-    _ops.control.cores_set(0)
-
-
 @pytest.mark.parametrize("activations", ["float", "int8"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
