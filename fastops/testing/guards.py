@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import weakref
 
 import torch
 from torch import Tensor
@@ -12,11 +13,14 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
 _libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-_KEEP: list[object] = []
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
 
 def guarded(t: Tensor, end: bool = True) -> Tensor:
-    """A contiguous copy of `t` that ends (or begins) exactly at an unreadable page. Never unmapped: for tests."""
+    """A contiguous copy of `t` that ends (or begins) exactly at an unreadable page. For tests.
+
+    Unmapped with its storage: a process may have some 65530 mappings, and each of these is three.
+    """
     page = mmap.PAGESIZE
     nbytes = max(t.numel() * t.element_size(), 1)
     room = -(-nbytes // page) * page
@@ -30,7 +34,7 @@ def guarded(t: Tensor, end: bool = True) -> Tensor:
             raise OSError(ctypes.get_errno(), "mprotect failed")
     start = base + page + (room - nbytes if end else 0)
     buffer = (ctypes.c_uint8 * nbytes).from_address(start)
-    _KEEP.append(buffer)
+    weakref.finalize(buffer, _libc.munmap, base, room + 2 * page).atexit = False
     if t.numel() == 0:
         return torch.empty_like(t)
     view = torch.frombuffer(buffer, dtype=t.dtype, count=t.numel()).view(t.shape)
