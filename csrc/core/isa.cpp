@@ -58,14 +58,15 @@ Features detect() {
   f.permutes_bytes = c & (1u << 1);                        // VBMI
   const bool avx2 = b & (1u << 5), vnni = c & (1u << 11);  // every processor with BF16 products has VNNI
   const uint32_t avx512 = (1u << 16) | (1u << 17) | (1u << 30) | (1u << 31);  // F, DQ, BW, VL
-  const bool amx = (d & (1u << 24)) && (d & (1u << 22));                      // tiles, bf16
+  const uint32_t amx = (1u << 22) | (1u << 24) | (1u << 25);                  // bf16, tiles, int8
+  const bool tiles = (d & amx) == amx;
   f.has[1] = os_ymm && avx2 && fma && f16c;
   f.has[2] = f.has[1] && os_zmm && (b & avx512) == avx512;
   bool bf16 = false;
   if (leaf7_max >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) bf16 = a & (1u << 5);
   f.has[3] = f.has[2] && bf16 && vnni;
   f.has[4] = f.has[3];
-  f.has[5] = f.has[3] && amx && os_tiles && request_tiles();
+  f.has[5] = f.has[3] && tiles && os_tiles && request_tiles();
   return f;
 }
 

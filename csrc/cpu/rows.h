@@ -60,7 +60,21 @@ struct Variant {
   namespace avx512_bf16 {                    \
   extern const Table table;                  \
   }
+// The same for operators that have AMX code, too.
+#define FASTOPS_CHOOSE_TILES(Table, table)                                                 \
+  (active_isa() == Isa::amx       ? Variant<Table>{amx::table, isa_name(Isa::amx)}         \
+   : active_isa() == Isa::amx_emu ? Variant<Table>{amx_emu::table, isa_name(Isa::amx_emu)} \
+                                  : FASTOPS_CHOOSE(Table, table))
+#define FASTOPS_DECLARE_TILE_TABLES(Table, table) \
+  namespace amx {                                 \
+  extern const Table table;                       \
+  }                                               \
+  namespace amx_emu {                             \
+  extern const Table table;                       \
+  }
 #else
+#define FASTOPS_CHOOSE_TILES(Table, table) FASTOPS_CHOOSE(Table, table)
+#define FASTOPS_DECLARE_TILE_TABLES(Table, table)
 #define FASTOPS_CHOOSE(Table, table) (Variant<Table>{scalar::table, isa_name(Isa::scalar)})
 #define FASTOPS_DECLARE_TABLES(Table, table) \
   namespace scalar {                         \

@@ -17,8 +17,9 @@ constexpr int kSharedKeys = 512;     // where so many keys are to be seen; else,
 constexpr int kDirectKeys = 256;     // and so many keys at a time,
 constexpr int kDirectScores = 4096;  // with so many scores (at least 32 keys of all rows and heads)
 constexpr int kDirectHeads = 16;     // KV heads one direct item may hold
-constexpr int kMaxKeyTile = 128;
-constexpr int kRowGroup = 32;  // scratch rows are padded to a multiple of this
+constexpr int kMaxKeyTile = 128;     // keys of a packed tile
+constexpr int kPackedRows = 64;      // rows that meet it at once, at most
+constexpr int kRowGroup = 32;        // scratch rows are padded to a multiple of this
 
 // Whether the rows of a sequence read K and V in place.
 inline bool is_direct(const AttentionParams& p, const Sequence& s) {
@@ -64,7 +65,7 @@ inline AttentionScratch attention_scratch(int D, int Dv, int rows, int key_tile,
   s.o = take(or_more(R * VP, (Dv + 127) / 128 * 128 + kPad));
   s.k = take(DP * key_tile);
   s.v = take(static_cast<int64_t>(key_tile) * VP);
-  const int64_t scores = kRowGroup * key_tile > kDirectScores ? kRowGroup * key_tile : kDirectScores;
+  const int64_t scores = kPackedRows * kMaxKeyTile;
   s.s = take(scores);
   s.p16 = take(scores / 2);
   s.m = take(R);

@@ -11,6 +11,8 @@
 // (all of those)
 #include "cpu/attention/attention_direct.inl.h"
 #include "cpu/attention/attention_lanes.inl.h"
+// (a variant of that)
+#include "cpu/attention/attention_lane_tiles.inl.h"
 // (decoding needs kIsBf16)
 #include "cpu/attention/attention_quant.inl.h"
 #include "cpu/attention/attention_scales.inl.h"
@@ -121,8 +123,9 @@ int expect_next(const AttentionParams& p, const AttentionItem& it, Mode& mode, W
   return n;
 }
 
+// Returns whether the results stand: false where the mode has met numbers that it cannot multiply.
 template <class Mode, class Source, class Epilogue, bool kGeneral>
-void tile_loop(const AttentionParams& p, const AttentionItem& it, const Sequence& seq, float* scratch) {
+bool tile_loop(const AttentionParams& p, const AttentionItem& it, const Sequence& seq, float* scratch) {
   using T = typename Source::Elem;
   Work<T> w(p, it, scratch);
   const Source source(p, it, seq);
@@ -149,7 +152,7 @@ void tile_loop(const AttentionParams& p, const AttentionItem& it, const Sequence
   Mode mode(w, p);
   size_t all = static_cast<size_t>(w.rows * w.heads);
   if constexpr (Mode::kInLanes) {
-    all = static_cast<size_t>(mode.rows_held() * w.heads);
+    all = static_cast<size_t>(mode.o_rows() * w.heads);
   } else {
     for (size_t r = 0; r < all; ++r) w.st.m[r] = kNegInf;
     std::memset(w.st.l, 0, sizeof(float) * kPad * all);
@@ -227,32 +230,38 @@ void tile_loop(const AttentionParams& p, const AttentionItem& it, const Sequence
       Epilogue::row(p, it, seq, h, r, row.o, row.m, row.l);
     }
   }
+  return mode.sound();
 }
 
 // ---- choice of instantiation ---------------------------------------------------------------------------------------
 
 template <class Mode, class Source, class Epilogue>
-void run_general(const AttentionParams& p, const AttentionItem& it, const Sequence& s, float* scratch) {
+bool run_general(const AttentionParams& p, const AttentionItem& it, const Sequence& s, float* scratch) {
   if constexpr (!Mode::kInLanes)
     if (is_general(p)) return tile_loop<Mode, Source, Epilogue, true>(p, it, s, scratch);
-  tile_loop<Mode, Source, Epilogue, false>(p, it, s, scratch);
+  return tile_loop<Mode, Source, Epilogue, false>(p, it, s, scratch);
 }
 
 template <class Mode, class Source>
-void run_epilogue(const AttentionParams& p, const AttentionItem& it, const Sequence& s, float* scratch) {
-  if (it.partial_out) {
-    run_general<Mode, Source, Partial>(p, it, s, scratch);
-  } else {
-    run_general<Mode, Source, Normalise>(p, it, s, scratch);
-  }
+bool run_epilogue(const AttentionParams& p, const AttentionItem& it, const Sequence& s, float* scratch) {
+  if (it.partial_out) return run_general<Mode, Source, Partial>(p, it, s, scratch);
+  return run_general<Mode, Source, Normalise>(p, it, s, scratch);
 }
 
 template <class Source>
 void run_mode(const AttentionParams& p, const AttentionItem& it, const Sequence& s, float* scratch) {
   using T = typename Source::Elem;
   const bool direct = it.rows <= kDirectRows || is_direct(p, s);
+#if defined(FASTOPS_HAS_AMX)
+  if constexpr (!Source::kDecodes && kDot16<T>)
+    if (direct && !is_general(p) && LaneTiles::fits(p, it) && run_epilogue<LaneTiles, Source>(p, it, s, scratch))
+      return;
+#endif
   if constexpr (!Source::kDecodes && W >= 8)
-    if (direct && !is_general(p) && Lanes<T>::fits(it)) return run_epilogue<Lanes<T>, Source>(p, it, s, scratch);
+    if (direct && !is_general(p) && Lanes<T>::fits(it)) {
+      run_epilogue<Lanes<T>, Source>(p, it, s, scratch);
+      return;
+    }
   if (direct) {
     run_epilogue<Direct<T>, Source>(p, it, s, scratch);
   } else {

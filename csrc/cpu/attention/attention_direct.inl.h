@@ -45,13 +45,17 @@ struct RowStream {
     return true;
   }
   // A processor drops a prefetch that finds its queue of misses full. So each line is asked for once more, as many rows
-  // later as kAgain bytes are, while there is still time.
+  // later as kAgain bytes are, while there is still time. (Not Intel's, which is what has AMX.)
+#if defined(FASTOPS_HAS_AMX)
+  static constexpr int64_t kAgain = 0;
+#else
   static constexpr int64_t kAgain = 2 << 10;
+#endif
   FASTOPS_INLINE void step(int lines) {
     _Pragma("GCC unroll 1") for (; lines > 0; --lines, at += 64) {
       if (at >= end && !advance()) return;
-      vprefetch(at);
-      vprefetch(at - again);
+      vprefetch_row(at);
+      if (kAgain > 0) vprefetch_row(at - again);
     }
   }
   // The next so many lines, for the caller to ask for one by one between its own steps: many at once would fill the
@@ -63,8 +67,8 @@ struct RowStream {
     template <int kLines, bool kHere = false>
     FASTOPS_INLINE void ask(int i, int steps) const {
       for (int k = i * kLines / steps; k < (i + 1) * kLines / steps; ++k) {
-        kHere ? vprefetch_here(first + 64 * k) : vprefetch(first + 64 * k);
-        kHere ? vprefetch_here(late + 64 * k) : vprefetch(late + 64 * k);
+        kHere ? vprefetch_here(first + 64 * k) : vprefetch_row(first + 64 * k);
+        if (kAgain > 0) kHere ? vprefetch_here(late + 64 * k) : vprefetch_row(late + 64 * k);
       }
     }
   };
@@ -100,6 +104,7 @@ struct Direct {
   static int rows_at_once() { return kDirectRows; }
 
   static void finish(float*) {}
+  static bool sound() { return true; }
   Direct(Work<T>& work, const AttentionParams&) : w(work) {
     constexpr int64_t size = sizeof(T);
     k_bytes = ((w.heads - 1) * w.k_step + w.D) * size;

@@ -20,6 +20,7 @@ struct LaneRows : Base {
   int in_block, group;    // heads of a block, and of a vector
   int groups, lanes;      // vectors of all rows, and W times as many; heads there are not stand for the last one
   int columns, part;      // of a row of o; columns that lie side by side in it, for as long as there are so many
+  int held;               // rows a head of o has room for
   float *m, *l;           // [lanes]
   float *q, *o;           // of the group at work
   int64_t q_floats = 0;   // of q for a lane
@@ -29,7 +30,7 @@ struct LaneRows : Base {
 
   template <class... Args>
   LaneRows(Args&&... args) : Base(args...) {
-    per = rows_of_group(w.rows);
+    held = per = rows_of_group(w.rows);
     in_block = block_lanes(per) / per;
     group = W / block_lanes(per) * in_block;
     groups = (w.heads + group - 1) / group;
@@ -51,6 +52,7 @@ struct LaneRows : Base {
   }
   int rows_at_once() const { return per; }
   int rows_held() const { return (w.rows + per - 1) / per * per; }  // of a head
+  int o_rows() const { return rows_held() / per * held; }
   // From now on the rows from `first` on are at work.
   void take(int first) {
     const int g = kGroups ? first / per : 0;
@@ -58,7 +60,7 @@ struct LaneRows : Base {
     l = w.st.l + g * 2 * lanes;
     m = l + lanes;
     q = w.q + g * lanes * q_floats;
-    o = w.st.o + static_cast<int64_t>(g) * w.heads * per * w.VP;
+    o = w.st.o + static_cast<int64_t>(g) * w.heads * held * w.VP;
   }
 
   // Whether the rows fill the lanes well enough.
@@ -134,13 +136,13 @@ struct LaneRows : Base {
     }
   }
 
-  // The accumulator: for each head [parts][rows][width], parts of `part` columns, then of W.
+  // The accumulator: for each head [parts][rows held][width], parts of `part` columns, then of W.
   template <class F>
   void parts(int h, int r, F&& f) const {
-    float* first = o + static_cast<int64_t>(h) * per * w.VP;
+    float* first = o + static_cast<int64_t>(h) * held * w.VP;
     for (int d = 0, width; d < columns; d += width) {
       width = d + part <= columns ? part : W;
-      f(first + static_cast<int64_t>(d) * per + r * width, d, width);
+      f(first + static_cast<int64_t>(d) * held + r * width, d, width);
     }
   }
   float* gathered(int h, int r) const {

@@ -44,17 +44,25 @@ struct Work {
   T* raw;  // decoded rows, where the source makes them
   bool quant;
 
+  // Keys of a packed tile: as many as a product by tiles likes, in the room of half as many fp32 ones.
+  static int packed_keys(int D, int Dv) {
+#if defined(FASTOPS_HAS_AMX)
+    if (kDot16<T>) return kMaxKeyTile;
+#endif
+    return attention_key_tile(D, Dv);
+  }
+
   Work(const AttentionParams& p, const AttentionItem& it, float* scratch)
       : D(p.D),
         Dv(p.Dv),
         VP(pad_dim(p.Dv)),
-        BK(attention_key_tile(p.D, p.Dv)),
+        BK(packed_keys(p.D, p.Dv)),
         rows(static_cast<int>(it.rows)),
         heads(static_cast<int>(it.heads)),
         k_step(p.quant ? p.D : p.k_sh),
         v_step(p.quant ? p.Dv : p.v_sh) {
     const int rows_max = it.rows > kSharedRows ? p.block_rows : kDirectRows * kDirectHeads;
-    const AttentionScratch at = attention_scratch(D, Dv, rows_max, BK, p.quant);
+    const AttentionScratch at = attention_scratch(D, Dv, rows_max, attention_key_tile(D, Dv), p.quant);
     const int64_t dp = (D + 31) / 32 * 32;
     ldq = kDot16<T> ? dp / 2 : dp;
 #if defined(FASTOPS_HAS_AMX)
@@ -151,7 +159,7 @@ struct Packed {
   static constexpr bool kInLanes = false;     // a query row in each lane, and a softmax of its own
   static constexpr int kKeysTogether = 1;     // a tile begins at a multiple of
 #if defined(FASTOPS_HAS_AMX)
-  static constexpr int kRows = 32;
+  static constexpr int kRows = kDot16<T> ? kPackedRows : 24;
 #else
   static constexpr int kRows = 24;
 #endif
@@ -161,6 +169,7 @@ struct Packed {
 
   Packed(Work<T>& work, const AttentionParams&) : w(work) {}
   static void finish(float*) {}
+  static bool sound() { return true; }
 
   static vf load_units(const T* p, int elems) {  // W units of a K row, absent elements zero
 #if defined(FASTOPS_HAS_BF16_DOT)
@@ -242,7 +251,7 @@ struct Packed {
 
   void scores(int r0, int rows, int n) {
     const int cols = (n + W - 1) / W * W;
-    gemm<Dot>(w.q + r0 * w.ldq, w.ldq, w.k, w.BK, w.s, w.BK, rows, cols, w.depth, false);
+    multiply(w.q + r0 * w.ldq, w.ldq, w.k, w.BK, w.s, w.BK, rows, cols, w.depth, false);
   }
   void accumulate(int r0, int rows, int n) {
     const int cols = (w.Dv + W - 1) / W * W, units = value_units(n);
@@ -251,9 +260,9 @@ struct Packed {
       if (n % 32 != 0 && n % 32 <= 16)  // softmax wrote whole vectors of 16 keys; a tile row holds 32
         for (int i = 0; i < rows; ++i) std::memset(w.p16 + i * (w.BK / 2) + units - 8, 0, 32);
 #endif
-      gemm<Dot>(w.p16, w.BK / 2, w.v, w.VP, w.st.o + static_cast<int64_t>(r0) * w.VP, w.VP, rows, cols, units, true);
+      multiply(w.p16, w.BK / 2, w.v, w.VP, w.st.o + static_cast<int64_t>(r0) * w.VP, w.VP, rows, cols, units, true);
     } else {
-      gemm<Dot>(w.s, w.BK, w.v, w.VP, w.st.o + static_cast<int64_t>(r0) * w.VP, w.VP, rows, cols, units, true);
+      multiply(w.s, w.BK, w.v, w.VP, w.st.o + static_cast<int64_t>(r0) * w.VP, w.VP, rows, cols, units, true);
     }
   }
 
@@ -271,6 +280,13 @@ struct Packed {
 #else
   using Dot = DotF32;
 #endif
+  template <class... Args>
+  static void multiply(Args... args) {
+#if defined(FASTOPS_HAS_AMX)
+    if constexpr (kDot16<T>) return tile_gemm<Dot>(args...);
+#endif
+    gemm<Dot>(args...);
+  }
 };
 
 }  // namespace

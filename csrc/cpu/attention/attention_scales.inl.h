@@ -220,6 +220,7 @@ struct CodeMode {
   static constexpr bool kBf16P = false;
   static constexpr bool kReadsCodes = true;
   static constexpr bool kStreams = true;
+  static bool sound() { return true; }
   static constexpr bool kInLanes = false;
   static constexpr int kKeysTogether = 1;
   static int rows_at_once() { return kDirectRows; }

@@ -128,9 +128,21 @@ void softmax_rows(const AttentionParams& p, const AttentionItem& it, int64_t hkv
     const float m = st.m[r] == kNegInf ? 0.0f : st.m[r];  // nothing seen yet: all scores are -inf
     const vf cv = vset(c), mv = vset(m), mc = vset(-m * c);
     vf sum = vload(st.l + r * kPad);
-    for (int j = 0; j < nv; ++j) {
+    const auto probability = [&](int j) FASTOPS_LAMBDA {
       const vf x = vload(s + j * W);
-      const vf e = vexp2<kExpDegree>(kGeneral ? vmul(vsub(x, mv), cv) : vfma(x, cv, mc));
+      return vexp2<kExpDegree>(kGeneral ? vmul(vsub(x, mv), cv) : vfma(x, cv, mc));
+    };
+    int j = 0;
+#if defined(FASTOPS_HAS_BF16_DOT)
+    if constexpr (kBf16)
+      for (; j + 2 <= nv; j += 2) {
+        const vf a = probability(j), b = probability(j + 1);
+        sum = vadd(sum, vadd(a, b));
+        vistore(reinterpret_cast<bf16*>(t.p16 + i * t.ldp) + j * W, (vi)_mm512_cvtne2ps_pbh(b, a));
+      }
+#endif
+    for (; j < nv; ++j) {
+      const vf e = probability(j);
       sum = vadd(sum, e);
       store_p<kBf16>(t, i, j * W, e);
     }

@@ -1,11 +1,11 @@
-// Opens the region compiled for AVX-512 and AMX bf16 tiles; end.h closes it. No #pragma once: one per translation unit,
+// Opens the region compiled for AVX-512 and AMX tiles; end.h closes it. No #pragma once: one per translation unit,
 // on purpose.
 #define FASTOPS_ISA amx
 #define FASTOPS_HAS_BF16_DOT 1
 #define FASTOPS_HAS_VNNI 1
 #define FASTOPS_HAS_AMX 1
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,prfchw,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,amx-tile,amx-bf16")
+#pragma GCC target("avx2,fma,f16c,prfchw,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,amx-tile,amx-bf16,amx-int8")
 #include "cpu/isa/vec_avx512.h"
 
 #include "cpu/isa/math.inl.h"

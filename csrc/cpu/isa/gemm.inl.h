@@ -8,11 +8,13 @@ namespace fastops::cpu::FASTOPS_ISA {
 namespace {
 
 struct DotF32 {
+  static constexpr bool kBytes = false;
   static FASTOPS_INLINE vf dot(const float* a, vf b, vf acc) { return vfma(vset(*a), b, acc); }
 };
 
 #if defined(FASTOPS_HAS_BF16_DOT)
 struct DotBf16 {
+  static constexpr bool kBytes = false;
   static FASTOPS_INLINE vf dot(const float* a, vf b, vf acc) {
     int32_t pair;
     std::memcpy(&pair, a, sizeof(pair));
@@ -23,6 +25,7 @@ struct DotBf16 {
 
 // Units are four unsigned bytes of B (at most 15) and four signed ones of A; C holds the bits of 32-bit integers.
 struct DotU8S8 {
+  static constexpr bool kBytes = true;
   static FASTOPS_INLINE vf dot(const float* a, vf b, vf acc) {
     int32_t four;
     std::memcpy(&four, a, sizeof(four));
@@ -39,7 +42,7 @@ FASTOPS_INLINE void gemm_block(const float* __restrict a, int64_t lda, const flo
   vf acc[MR][NV];
   FASTOPS_UNROLL
   for (int i = 0; i < MR; ++i) FASTOPS_UNROLL
-  for (int j = 0; j < NV; ++j) acc[i][j] = add ? vload(c + i * ldc + j * W) : vzero();
+  for (int j = 0; j < NV; ++j) acc[i][j] = vzero();
   for (int k = 0; k < K; ++k) {
     vf bv[NV];
     FASTOPS_UNROLL
@@ -50,7 +53,11 @@ FASTOPS_INLINE void gemm_block(const float* __restrict a, int64_t lda, const flo
   }
   FASTOPS_UNROLL
   for (int i = 0; i < MR; ++i) FASTOPS_UNROLL
-  for (int j = 0; j < NV; ++j) vstore(c + i * ldc + j * W, acc[i][j]);
+  for (int j = 0; j < NV; ++j) {
+    // At the end: sums of sums lose less than one long sum.
+    if (add) acc[i][j] = vadd(vload(c + i * ldc + j * W), acc[i][j]);
+    vstore(c + i * ldc + j * W, acc[i][j]);
+  }
 }
 
 template <class Dot, bool kTransA, int NV>

@@ -243,6 +243,7 @@ FASTOPS_INLINE vf vload_u2(const uint8_t* p) {
   return _mm256_cvtepi32_ps(_mm256_and_si256(x, _mm256_set1_epi32(3)));
 }
 FASTOPS_INLINE void vprefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+FASTOPS_INLINE void vprefetch_row(const void* p) { vprefetch(p); }
 FASTOPS_INLINE void vprefetch_here(const void* p) { vprefetch(p); }
 FASTOPS_INLINE void vprefetch_l2(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 FASTOPS_INLINE void vprefetch_to_write(const void* p) { __builtin_prefetch(p, 1); }

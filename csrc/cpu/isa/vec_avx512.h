@@ -351,9 +351,21 @@ FASTOPS_INLINE __m512i vload_f8_bf16(const uint8_t* p) {
 FASTOPS_INLINE void vprefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 // The same, not to be moved: GCC gathers prefetches in bursts, which the queue of misses has no room for.
 FASTOPS_INLINE void vprefetch_here(const void* p) {
+#if defined(FASTOPS_HAS_AMX)
+  __asm__ volatile("prefetcht1 %0" : : "m"(*static_cast<const char*>(p)));
+#else
   __asm__ volatile("prefetcht0 %0" : : "m"(*static_cast<const char*>(p)));
+#endif
 }
 FASTOPS_INLINE void vprefetch_l2(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+// Rows that are read some KiB later. Intel's processors (what has AMX) read memory faster through their L2.
+FASTOPS_INLINE void vprefetch_row(const void* p) {
+#if defined(FASTOPS_HAS_AMX)
+  vprefetch_l2(p);
+#else
+  vprefetch(p);
+#endif
+}
 FASTOPS_INLINE void vprefetch_to_write(const void* p) { __builtin_prefetch(p, 1); }
 
 }  // namespace

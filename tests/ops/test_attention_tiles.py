@@ -1,0 +1,86 @@
+"""Decode in bf16 of several rows a KV head, which AMX multiplies by tiles: where rows lie, and numbers that are not finite."""
+
+import pytest
+import torch
+from test_attention_paged import paged
+
+import fastops
+from fastops.ops.attention_paged import attend
+from fastops.testing import assert_matches
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, atol=1e-2, rtol=2e-2, equal_nan=True)
+
+
+def inputs(sk, hkv, group, d, dv, sq=1, b=2):
+    def some(*shape):
+        return torch.randn(*shape).bfloat16()
+
+    return some(b, sq, hkv * group, d), some(b, sk, hkv, d), some(b, sk, hkv, dv)
+
+
+@pytest.mark.parametrize(("hkv", "group", "sq"), [(8, 4, 1), (1, 8, 1), (2, 3, 2), (5, 3, 1), (16, 4, 1), (3, 8, 2)])
+@pytest.mark.parametrize(("d", "dv"), [(128, 128), (64, 64), (32, 256), (256, 32), (96, 160), (80, 64)])
+@pytest.mark.parametrize("sk", [1, 16, 75, 530])
+def test_matches_reference(isa, hkv, group, sq, d, dv, sk):
+    q, k, v = inputs(sk, hkv, group, d, dv, sq)
+    for options in ({"causal": True}, {"window": (20, 0), "sinks": torch.randn(hkv * group)}):
+        out, lse = fastops.attention(q, k, v, return_lse=True, **options)
+        with fastops.override(attention="reference"):
+            exact, exact_lse = fastops.attention(q.double(), k.double(), v.double(), return_lse=True, **options)
+            same, same_lse = fastops.attention(q, k, v, return_lse=True, **options)
+        assert_matches(out, exact, same, what=f"{options}")
+        assert_matches(lse, exact_lse, same_lse, factor=4, what=f"lse {options}", least=1.0)
+
+
+@pytest.mark.parametrize("page", [1, 8, 16, 64])
+@pytest.mark.parametrize("d", [64, 128])
+def test_pages_of_any_size(isa, page, d):
+    args = paged([700, 33, 0, 5], [1, 3, 1, 1], page, hkv=4, group=4, d=d, dtype=torch.bfloat16)
+    for options in ({"causal": True}, {"causal": True, "window": (37, -1)}):
+        out, lse = fastops.attention_paged(*args, return_lse=True, **options)
+        q, k, v, *index = args
+        exact, exact_lse = attend(q.double(), k.double(), v.double(), *index, **options)
+        same, same_lse = attend(*args, **options)
+        assert_matches(out, exact, same, factor=4, what=f"{options}")
+        assert_matches(lse, exact_lse, same_lse, factor=4, what=f"lse {options}")
+
+
+def test_strides(isa):
+    q, k, v = inputs(200, 4, 4, 64, 64)
+    exact = fastops.attention(q, k, v)
+    heads_first = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (k, v)]
+    backwards = [t.flip(1).contiguous() for t in (k, v)]
+    for keys, values in (heads_first, [t[:, torch.arange(199, -1, -1)] for t in backwards]):
+        close(fastops.attention(q, keys, values), exact)
+    one = k[:, :1].expand(-1, 200, -1, -1)  # stride 0
+    close(fastops.attention(q, one, v), fastops.attention(q, one.contiguous(), v))
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_values_not_finite_stay_in_their_channel(isa, value):
+    q, k, v = inputs(100, 4, 4, 64, 64, b=1)
+    clean = fastops.attention(q, k, v)
+    v[0, 40, 1, 6] = value
+    out = fastops.attention(q, k, v)
+    hit = torch.zeros(16, 64, dtype=torch.bool)
+    hit[4:8, 6] = True
+    expected = torch.full((16,), value)
+    close(out[0, 0, 4:8, 6].float(), expected[:4])
+    close(out[0, 0][~hit], clean[0, 0][~hit])
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_keys_not_finite_stay_in_their_head(isa, value):
+    q, k, v = inputs(100, 4, 4, 64, 64, b=1)
+    clean = fastops.attention(q, k, v)
+    k[0, 40, 1, 6] = value
+    out = fastops.attention(q, k, v)
+    others = [h for h in range(16) if h // 4 != 1]
+    close(out[0, 0, others], clean[0, 0, others])
+    assert torch.isnan(out[0, 0, 4:8]).any(dim=-1).any()
+    k[0, 40, 1, 6] = 0.0
+    seen = fastops.attention(q, k, v, window=(20, 0))
+    k[0, 40, 1, 6] = v[0, 41, 2, 3] = value  # where nobody looks
+    close(fastops.attention(q, k, v, window=(20, 0)), seen)
