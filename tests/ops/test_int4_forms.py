@@ -10,7 +10,6 @@ from fastops.int4 import Int4Weight, gather24, pack_pairs, quantize, spread24, u
 from fastops.ops.int4_linear import _pack24_elsewhere
 from fastops.testing import guarded
 
-SERVED_BY = {"amx": "avx512_bf16", "amx_emu": "avx512_bf16"}
 FORMS = ["columns", "columns_zeros", "columns_rows", "sparse", "sparse_columns", "sparse_perm", "planes_columns"]
 
 

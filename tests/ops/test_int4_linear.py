@@ -12,7 +12,6 @@ from fastops.ops.int4_linear import reference
 from fastops.testing import assert_matches, guarded
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-SERVED_BY = {"amx": "avx512_bf16", "amx_emu": "avx512_bf16"}
 KINDS = ["symmetric", "zeros", "mins"]
 
 
@@ -76,6 +75,30 @@ def test_many_rows(isa):
     x = torch.randn(900, 256)  # more than two blocks of rows
     out = check(x, w)
     assert torch.equal(out[384:768], fastops.int4_linear(x[384:768], w))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group", [32, 64, 128, 24])
+@pytest.mark.parametrize("m", [3, 15, 16, 17, 31, 49, 257, 259])
+def test_rows_that_do_not_fill_a_tile(isa, dtype, group, m):
+    w = random_weight(88, 384, group, "zeros")
+    for activations in ("float", "int8"):
+        check(torch.randn(m, 384).to(dtype), w, None, activations)
+
+
+@pytest.mark.parametrize("m", [1, 3, 20])
+def test_numbers_of_any_size(isa, m):
+    """fp32 is multiplied in parts somewhere: the sum must be all of it, and an infinity must not become NaN."""
+    w = random_weight(48, 128, 32)
+    x = torch.randn(m, 128) * 10.0 ** torch.randint(-30, 30, (m, 1))
+    out, exact = fastops.int4_linear(x, w), reference(x.double(), w)
+    assert ((out - exact).abs().amax(-1) <= 1e-5 * exact.abs().amax(-1)).all()
+    x = torch.randn(m, 128)
+    x[0, 5] = float("inf")
+    out = fastops.int4_linear(x, w)[0]
+    column = w.dequantize(torch.float32)[:, 5]
+    assert torch.isnan(out[column == 0]).all()
+    assert torch.equal(out[column != 0], column[column != 0].sign() * torch.tensor(float("inf")))
 
 
 @given(

@@ -170,6 +170,7 @@ fastops_status check(const fastops_int4_linear_desc& d, Int4Params* p, char* mes
   p->bias = static_cast<const float*>(d.bias.data);
   p->int8 = d.int8 != 0;
   p->eight = d.eight != 0;
+  p->many = M > kInt4FewRows;
   return FASTOPS_OK;
 }
 
@@ -241,7 +242,7 @@ struct Layout {
   int64_t a = 0, sums, row_scale, partial, scratch, scratch_bytes, total;
   Layout(const Int4Params& p, const Int4Table& table, int workers, int64_t parts) {
     const int64_t rows = block_rows(p.M) * slices_at_once(p);
-    sums = align64(table.row_bytes(p) * rows);
+    sums = align64(table.row_bytes(p) * (rows + table.rows_read - 1)) + 64;
     row_scale = sums + align64(p.summed() ? rows * p.groups * 4 : 0);
     partial = row_scale + align64(p.int8 ? rows * 4 : 0);
     scratch = partial + (parts > 1 ? parts * p.M * ceil_div(p.N, kInt4Block) * kInt4Block * 4 : 0);
@@ -319,7 +320,7 @@ extern "C" fastops_status fastops_int4_linear_workspace(const fastops_int4_linea
   const fastops_status status = check(*desc, &p, env ? env->message : nullptr);
   if (status == FASTOPS_OK)
     *bytes = static_cast<size_t>(
-        Layout(p, FASTOPS_CHOOSE(Int4Table, int4_table).table, linear_workers(env, p.N, p.K), parts_of(p)).total);
+        Layout(p, FASTOPS_CHOOSE_TILES(Int4Table, int4_table).table, linear_workers(env, p.N, p.K), parts_of(p)).total);
   return status;
 }
 
@@ -333,7 +334,7 @@ extern "C" fastops_status fastops_int4_linear(const fastops_int4_linear_desc* de
     set_message(env->message, "%s", refusal);
     return FASTOPS_ERR_UNSUPPORTED;
   }
-  const auto variant = FASTOPS_CHOOSE(Int4Table, int4_table);
+  const auto variant = FASTOPS_CHOOSE_TILES(Int4Table, int4_table);
   const int workers = linear_workers(env, p.N, p.K);
   const int64_t parts = parts_of(p);  // once: the number of cores may be set meanwhile
   const Layout at(p, variant.table, workers, parts);

@@ -9,7 +9,9 @@ namespace fastops::cpu {
 constexpr int kInt4Block = 16;      // output features that lie together in the packed codes
 constexpr int kInt4Panel = 64;      // output features expanded together
 constexpr int kInt4StreamRows = 4;  // up to so many rows of x read the codes as they stream by
+constexpr int kInt4FewRows = 2;     // up to so many are not worth a tile
 constexpr int kInt4Ahead = 4096;    // bytes the prefetch of streamed codes runs ahead
+constexpr int kInt4Near = 1024;     // and where tiles multiply them
 constexpr int kInt4Units = 128;     // 32-bit units of K that a panel expands at a time: 32 KiB
 constexpr int kInt4RowBlock = 256;  // rows of x at a time: panels are expanded once for each such block
 constexpr int kInt4Wide = 4;        // panels of an item where rows are many: they share the rows they read
@@ -35,6 +37,7 @@ struct Int4Params {
   int64_t slices;                             // 1 without column_scales
   const float* bias;
   bool int8, eight;
+  bool many;  // rows of the whole call: more than kInt4FewRows
   // Filled by the C API inside the workspace: x as the kernels read it.
   char* a;  // [M][a_row] bytes
   int64_t a_row;
@@ -54,17 +57,23 @@ struct Int4Table {
   void (*join)(const Int4Params&, int64_t parts);
   // More: panels [first, end).
   void (*panels)(const Int4Params&, int64_t first, int64_t end, float* scratch);
+  int rows_read;  // together: `a` has room for whole multiples
 };
 
 // Panels of a work item of M rows.
 inline int64_t int4_item_panels(int64_t M, int64_t N) {
   return M >= 32 && N >= 8 * kInt4Wide * kInt4Panel ? kInt4Wide : 1;
 }
+// Rows of products a panel makes at once.
+inline int64_t int4_product_rows(int64_t M) { return M < 32 ? 32 : M; }
 // Floats of scratch a worker needs: an expanded panel, products of one group, sums over groups.
 inline int64_t int4_scratch(int64_t M, int64_t N) {
-  return M <= kInt4StreamRows ? 0 : kInt4Units * kInt4Panel + (1 + int4_item_panels(M, N)) * M * kInt4Panel;
+  return M <= kInt4StreamRows
+             ? 0
+             : kInt4Units * kInt4Panel + (int4_product_rows(M) + int4_item_panels(M, N) * M) * kInt4Panel;
 }
 
 FASTOPS_DECLARE_TABLES(Int4Table, int4_table)
+FASTOPS_DECLARE_TILE_TABLES(Int4Table, int4_table)
 
 }  // namespace fastops::cpu

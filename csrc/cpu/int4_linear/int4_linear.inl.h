@@ -29,6 +29,31 @@ FASTOPS_INLINE void each_of(const F& f) {
   }
 }
 
+// Vector v of a word, eight codes a lane. With 2:4 sparsity sixteen bits hold the four codes kept (less 8, the first
+// in the lowest ones), eight more their places in their four columns; what is not there has code 8, that is, weight 0.
+template <bool k24>
+FASTOPS_INLINE vi load_word(const uint8_t* word, int v) {
+  if constexpr (!k24) {
+    return viload(word + v * W * 4);
+  } else {
+    const vi codes = viload_u16(word + v * W * 2), places = viload_u8(word + kInt4Block * 2 + v * W);
+    // Nibble 2 c is column c of the first four, nibble 2 c + 1 of the second: 8 bits a column.
+    const vi a = vishlv(vimask<0xf>(codes), vimask<24>(vishl<3>(places)));
+    const vi b = vishlv(vimask<0xf>(vishr<4>(codes)), vimask<24>(vishl<1>(places)));
+    const vi c = vishlv(vimask<0xf0>(vishr<4>(codes)), vimask<24>(vishr<1>(places)));
+    const vi d = vishlv(vimask<0xf0>(vishr<8>(codes)), vimask<24>(vishr<3>(places)));
+    return viflip<0x88888888>(vior(vior(a, b), vior(c, d)));
+  }
+}
+
+}  // namespace
+}  // namespace fastops::cpu::FASTOPS_ISA
+
+#include "cpu/int4_linear/int4_linear_tiles.inl.h"
+
+namespace fastops::cpu::FASTOPS_ISA {
+namespace {
+
 template <class T>
 FASTOPS_INLINE vf load_as(const char* p, int64_t i) {
   return vload(reinterpret_cast<const T*>(p) + i);
@@ -39,19 +64,26 @@ FASTOPS_INLINE vf load_scale(const char* p, int32_t dtype, int64_t i) {
 
 Mode mode_of(const Int4Params& p) {
   if (p.int8) return Mode::int8;
-#if defined(FASTOPS_HAS_BF16_DOT)
+#if defined(FASTOPS_HAS_AMX)  // (whose processors multiply vectors of fp32 faster than those of bf16)
+  if (is_tiled(p)) return Mode::bf16;
+#elif defined(FASTOPS_HAS_BF16_DOT)
   if (p.dtype == FASTOPS_BF16 && p.column_scales == nullptr) return Mode::bf16;
 #endif
   return Mode::f32;
 }
 
+// Of a row of x, or of each of its parts.
+int64_t plane_bytes(const Int4Params& p) {
+  const Mode mode = mode_of(p);
+  const int64_t lines = (p.K * (mode == Mode::int8 ? 1 : mode == Mode::bf16 ? 2 : 4) + 63) / 64;
+  return (lines | 1) * 64;
+}
 int64_t row_bytes(const Int4Params& p) {
   const Mode mode = mode_of(p);
   if (mode == Mode::f32 && p.M <= kInt4StreamRows && p.dtype == FASTOPS_F32 && p.perm == nullptr &&
       p.column_scales == nullptr && p.K == p.features)
     return 0;
-  const int64_t lines = (p.K * (mode == Mode::int8 ? 1 : mode == Mode::bf16 ? 2 : 4) + 63) / 64;
-  return (lines | 1) * 64;
+  return planes_of(p) * plane_bytes(p);
 }
 
 // Features [k, k + n) of a row in fp32, in the weight's order.
@@ -135,6 +167,12 @@ void prepare(const Int4Params& p, int64_t row) {
         for (int i = 0; i < n; i += W)
           sum = vadd(sum, weigh(n - i >= W ? vload(buffer + i) : vloadn(buffer + i, n - i), k + i, n - i));
       if (mode == Mode::f32 && a) std::memcpy(reinterpret_cast<float*>(a) + k, buffer, static_cast<size_t>(n) * 4);
+#if defined(FASTOPS_HAS_AMX)
+      if (is_tiled(p)) {
+        store_planes(buffer, n, a + k * 2, plane_bytes(p), planes_of(p));
+        continue;
+      }
+#endif
       if (mode == Mode::bf16)  // exact: these numbers were bf16 before
         for (int i = 0; i < n; ++i) from_f32(buffer[i], reinterpret_cast<bf16*>(a) + k + i / 8 * 8 + kOrder[i % 8]);
     }
@@ -155,224 +193,13 @@ FASTOPS_INLINE vf offset_of(const Int4Params& p, int64_t at, vf scale, bool cent
   return vmul(vset(8.0f - shift), scale);
 }
 
-// ---- stream --------------------------------------------------------------------------------------------------------
+}  // namespace
+}  // namespace fastops::cpu::FASTOPS_ISA
 
-// Vector v of a word, eight codes a lane. With 2:4 sparsity sixteen bits hold the four codes kept (less 8, the first
-// in the lowest ones), eight more their places in their four columns; what is not there has code 8, that is, weight 0.
-template <bool k24>
-FASTOPS_INLINE vi load_word(const uint8_t* word, int v) {
-  if constexpr (!k24) {
-    return viload(word + v * W * 4);
-  } else {
-    const vi codes = viload_u16(word + v * W * 2), places = viload_u8(word + kInt4Block * 2 + v * W);
-    // Nibble 2 c is column c of the first four, nibble 2 c + 1 of the second: 8 bits a column.
-    const vi a = vishlv(vimask<0xf>(codes), vimask<24>(vishl<3>(places)));
-    const vi b = vishlv(vimask<0xf>(vishr<4>(codes)), vimask<24>(vishl<1>(places)));
-    const vi c = vishlv(vimask<0xf0>(vishr<4>(codes)), vimask<24>(vishr<1>(places)));
-    const vi d = vishlv(vimask<0xf0>(vishr<8>(codes)), vimask<24>(vishr<3>(places)));
-    return viflip<0x88888888>(vior(vior(a, b), vior(c, d)));
-  }
-}
+#include "cpu/int4_linear/int4_linear_stream.inl.h"
 
-// sums[r][v] of one block of 16 features over `n` words (8 n input features) from `codes`.
-template <Mode mode, bool k24, int MR>
-FASTOPS_INLINE void stream_words(const uint8_t* codes, int64_t n, const char* const (&a)[MR], vf (&sums)[MR][kNV16]) {
-  constexpr int kChains = MR * kNV16 >= 8 ? 1 : 8 / (MR * kNV16);  // independent sums hide the latency of an addition
-  vf acc[MR][kNV16][kChains];
-  FASTOPS_UNROLL
-  for (int r = 0; r < MR; ++r) {
-    FASTOPS_UNROLL
-    for (int v = 0; v < kNV16; ++v) {
-      FASTOPS_UNROLL
-      for (int c = 0; c < kChains; ++c) acc[r][v][c] = vzero();
-    }
-  }
-  for (int64_t w = 0; w < n; ++w, codes += k24 ? kInt4Word24 : kInt4Word) {
-    vprefetch(codes + kInt4Ahead);  // blocks follow one another: the next one's codes, at the end of this
-    FASTOPS_UNROLL
-    for (int v = 0; v < kNV16; ++v) {
-      if constexpr (k24 && mode == Mode::f32) {  // half the products: each code meets the column it was kept for
-        const vi four = viflip<0x8888>(viload_u16(codes + v * W * 2));
-        const vi places = viload_u8(codes + kInt4Block * 2 + v * W);
-        const auto one = [&](auto i) FASTOPS_LAMBDA {
-          const vf weights = vnibble<decltype(i)::value>(four);
-          const vi place = vishr<2 * decltype(i)::value>(places);
-          FASTOPS_UNROLL
-          for (int r = 0; r < MR; ++r) {
-            vf& sum = acc[r][v][i % kChains];
-            sum = vfma(vquad(reinterpret_cast<const float*>(a[r]) + w * 8 + i / 2 * 4, place), weights, sum);
-          }
-        };
-        each_of<4>(one);
-        continue;
-      }
-      const vi word = load_word<k24>(codes, v);
-      if constexpr (mode == Mode::int8) {
-        const vi low = vnibbles_low(word), high = vnibbles_high(word);
-        FASTOPS_UNROLL
-        for (int r = 0; r < MR; ++r) {
-          int32_t four[2];
-          std::memcpy(four, a[r] + w * 8, 8);
-          acc[r][v][0] = vi_as_bits(vdot4(vi_from_bits(acc[r][v][0]), low, four[0]));
-          acc[r][v][1 % kChains] = vi_as_bits(vdot4(vi_from_bits(acc[r][v][1 % kChains]), high, four[1]));
-        }
-      }
-#if defined(FASTOPS_HAS_BF16_DOT)
-      if constexpr (mode == Mode::bf16) {
-        const auto pair = [&](auto i) FASTOPS_LAMBDA {
-          const vi weights = vpairs_bf16<decltype(i)::value>(word);
-          FASTOPS_UNROLL
-          for (int r = 0; r < MR; ++r) {
-            vf& sum = acc[r][v][i % kChains];
-            sum = DotBf16::dot(reinterpret_cast<const float*>(a[r]) + w * 4 + i, vi_as_bits(weights), sum);
-          }
-        };
-        each_of<4>(pair);
-      }
-#endif
-      if constexpr (mode == Mode::f32) {
-        const auto one = [&](auto i) FASTOPS_LAMBDA {
-          const vf weights = vnibble<decltype(i)::value>(word);
-          FASTOPS_UNROLL
-          for (int r = 0; r < MR; ++r) {
-            vf& sum = acc[r][v][i % kChains];
-            sum = vfma(vset(reinterpret_cast<const float*>(a[r])[w * 8 + kOrder[i]]), weights, sum);
-          }
-        };
-        each_of<8>(one);
-      }
-    }
-  }
-  FASTOPS_UNROLL
-  for (int r = 0; r < MR; ++r) {
-    FASTOPS_UNROLL
-    for (int v = 0; v < kNV16; ++v) {
-      if constexpr (mode == Mode::int8) {
-        vi sum = vi_from_bits(acc[r][v][0]);
-        if constexpr (kChains > 1) sum = viadd(sum, vi_from_bits(acc[r][v][1]));
-        sums[r][v] = vi_to_float(sum);
-      } else {
-        vf sum = acc[r][v][0];
-        FASTOPS_UNROLL
-        for (int c = 1; c < kChains; ++c) sum = vadd(sum, acc[r][v][c]);
-        sums[r][v] = sum;
-      }
-    }
-  }
-}
-
-template <class T>
-void store_features(const Int4Params& p, char* out, int64_t at, const vf (&values)[kNV16], int n) {
-  for (int v = 0; v < kNV16 && n > 0; ++v, n -= W) {
-    T* dst = reinterpret_cast<T*>(out) + at + v * W;
-    if (n >= W) {
-      vstore(dst, values[v]);
-    } else {
-      vstoren(dst, values[v], n);
-    }
-  }
-  (void)p;
-}
-
-// Sixteen finished features of one row: row scale, bias, rounding.
-void finish(const Int4Params& p, int64_t row, int64_t feature0, vf (&values)[kNV16]) {
-  const int n = static_cast<int>(p.N - feature0 < kInt4Block ? p.N - feature0 : kInt4Block);
-  for (int v = 0; v < kNV16; ++v) {
-    if (p.int8) values[v] = vmul(values[v], vset(p.row_scale[row]));
-    const int left = n - v * W;
-    if (p.bias && left > 0)
-      values[v] =
-          vadd(values[v], left >= W ? vload(p.bias + feature0 + v * W) : vloadn(p.bias + feature0 + v * W, left));
-  }
-  const int64_t at = row * p.out_sm + feature0;
-  if (p.out_dtype == FASTOPS_F32) store_features<float>(p, p.out, at, values, n);
-  if (p.out_dtype == FASTOPS_F16) store_features<f16>(p, p.out, at, values, n);
-  if (p.out_dtype == FASTOPS_BF16) store_features<bf16>(p, p.out, at, values, n);
-}
-
-// Words [w, end) of a block's rows.
-template <Mode mode, bool k24, int MR>
-void stream(const Int4Params& p, int64_t block, int64_t w, int64_t end, vf (&total)[MR][kNV16]) {
-  constexpr int64_t kBytes = mode == Mode::int8 ? 8 : mode == Mode::bf16 ? 16 : 32;  // of x for a word
-  const char* a[MR];
-  for (int r = 0; r < MR; ++r) a[r] = row_of(p, r) + w * kBytes;
-  for (int r = 0; r < MR; ++r)
-    for (int v = 0; v < kNV16; ++v) total[r][v] = vzero();
-  const int64_t words = p.group / 8;
-  const uint8_t* codes = p.codes + (block * (p.K / 8) + w) * p.word_bytes;
-  bool shifted = p.summed() && w % words == 0;  // where the group begins
-  for (int64_t g = w / words; w < end; ++g) {
-    const int64_t stop = (g + 1) * words, n = (stop < end ? stop : end) - w;
-    vf sums[MR][kNV16];
-    stream_words<mode, k24, MR>(codes, n, a, sums);
-    FASTOPS_UNROLL
-    for (int v = 0; v < kNV16; ++v) {
-      const int64_t at = (block * p.groups + g) * kInt4Block + v * W;
-      const vf scale = load_scale(p.scales, p.scale_dtype, at);
-      FASTOPS_UNROLL
-      for (int r = 0; r < MR; ++r) total[r][v] = vfma(scale, sums[r][v], total[r][v]);
-      if (shifted) {
-        const vf offset = offset_of(p, at, scale, mode != Mode::int8);
-        FASTOPS_UNROLL
-        for (int r = 0; r < MR; ++r) total[r][v] = vfma(offset, vset(-p.sums[r * p.groups + g]), total[r][v]);
-      }
-    }
-    w += n;
-    codes += n * p.word_bytes;
-    for (int r = 0; r < MR; ++r) a[r] += n * kBytes;
-    shifted = p.summed();
-  }
-}
-
-float* partial_at(const Int4Params& p, int64_t part, int64_t row, int64_t block) {
-  const int64_t blocks = (p.N + kInt4Block - 1) / kInt4Block;
-  return p.partial + ((part * p.M + row) * blocks + block) * kInt4Block;
-}
-
-template <Mode mode, bool k24, int MR>
-void stream_blocks(const Int4Params& p, int64_t first, int64_t end, int64_t part, int64_t parts) {
-  const int64_t words = p.K / 8;
-  for (int64_t block = first; block < end; ++block) {
-    vf total[MR][kNV16];
-    stream<mode, k24, MR>(p, block, words * part / parts, words * (part + 1) / parts, total);
-    for (int r = 0; r < MR; ++r) {
-      if (p.partial == nullptr) {
-        finish(p, r, block * kInt4Block, total[r]);
-        continue;
-      }
-      float* to = partial_at(p, part, r, block);
-      for (int v = 0; v < kNV16; ++v) vstore(to + v * W, total[r][v]);
-    }
-  }
-}
-
-void join_parts(const Int4Params& p, int64_t parts) {
-  for (int64_t row = 0; row < p.M; ++row)
-    for (int64_t block = 0; block * kInt4Block < p.N; ++block) {
-      vf sums[kNV16];
-      for (int v = 0; v < kNV16; ++v) {
-        sums[v] = vzero();
-        for (int64_t part = 0; part < parts; ++part)
-          sums[v] = vadd(sums[v], vload(partial_at(p, part, row, block) + v * W));
-      }
-      finish(p, row, block * kInt4Block, sums);
-    }
-}
-
-template <Mode mode, bool k24>
-void stream_rows(const Int4Params& p, int64_t first, int64_t end, int64_t part, int64_t parts) {
-  static_assert(kInt4StreamRows == 4, "one case for each");
-  switch (p.M) {
-    case 1:
-      return stream_blocks<mode, k24, 1>(p, first, end, part, parts);
-    case 2:
-      return stream_blocks<mode, k24, 2>(p, first, end, part, parts);
-    case 3:
-      return stream_blocks<mode, k24, 3>(p, first, end, part, parts);
-    default:
-      return stream_blocks<mode, k24, 4>(p, first, end, part, parts);
-  }
-}
+namespace fastops::cpu::FASTOPS_ISA {
+namespace {
 
 // ---- panel ---------------------------------------------------------------------------------------------------------
 
@@ -461,8 +288,8 @@ void expand_joined(const Int4Params& p, int64_t panel, int64_t word0, int64_t wo
 
 // total += scale * products; where the group begins also its offset times the sum of x over the group.
 template <Mode mode>
-void add_group(const Int4Params& p, int64_t panel, int64_t g, bool begins, int rows, int columns, const float* products,
-               float* total) {
+void add_group(const Int4Params& p, int64_t panel, int64_t g, bool begins, int row0, int rows, int columns,
+               const float* products, float* total) {
   const bool shifted = begins && p.summed();
   for (int c = 0; c < columns; c += W) {
     const int64_t block = panel * (kInt4Panel / kInt4Block) + c / kInt4Block;
@@ -476,7 +303,7 @@ void add_group(const Int4Params& p, int64_t panel, int64_t g, bool begins, int r
       vf x = vload(products + r * kInt4Panel + c);
       if constexpr (mode == Mode::int8) x = vi_to_float(vi_from_bits(x));
       vf sum = vfma(scale, x, vload(total + r * kInt4Panel + c));
-      if (shifted) sum = vfma(offset, vset(-p.sums[r * p.groups + g]), sum);
+      if (shifted) sum = vfma(offset, vset(-p.sums[(row0 + r) * p.groups + g]), sum);
       vstore(total + r * kInt4Panel + c, sum);
     }
   }
@@ -488,7 +315,8 @@ void expanded_panels(const Int4Params& p, int64_t panel0, int64_t panel_end, flo
   constexpr int64_t kWords = kInt4Units / kPerWord;
   const int rows = static_cast<int>(p.M);
   const int64_t size = static_cast<int64_t>(rows) * kInt4Panel, lda = p.a_row / 4;
-  float *expanded = scratch, *products = expanded + kInt4Units * kInt4Panel, *totals = products + size;
+  float *expanded = scratch, *products = expanded + kInt4Units * kInt4Panel;
+  float* totals = products + int4_product_rows(rows) * kInt4Panel;
   std::memset(totals, 0, sizeof(float) * static_cast<size_t>(size * (panel_end - panel0)));
   const auto columns_of = [&](int64_t panel) {
     const int64_t blocks = (p.N + kInt4Block - 1) / kInt4Block - panel * (kInt4Panel / kInt4Block);
@@ -512,8 +340,24 @@ void expanded_panels(const Int4Params& p, int64_t panel0, int64_t panel_end, flo
       if constexpr (mode == Mode::f32) {
         gemm<Dot>(a, lda, expanded, kInt4Panel, total, kInt4Panel, rows, columns, units, true);
       } else {
+        const bool begins = word * 8 == g * p.group;
+#if defined(FASTOPS_HAS_AMX)
+        if (is_tiled(p)) {
+          const int whole = (units + 15) / 16 * 16;
+          std::memset(expanded + units * kInt4Panel, 0,
+                      sizeof(float) * static_cast<size_t>((whole - units) * kInt4Panel));
+          const Planes planes{planes_of(p), plane_bytes(p) / 4};
+          for (int r = 0; r < rows; r += 32) {  // their products stay in L1
+            const int n = rows - r < 32 ? rows - r : 32;
+            tile_gemm<Dot>(a + r * lda, lda, expanded, kInt4Panel, products, kInt4Panel, n, columns, whole, false,
+                           planes);
+            add_group<mode>(p, panel, g, begins, r, n, columns, products, total + r * kInt4Panel);
+          }
+          continue;
+        }
+#endif
         gemm<Dot>(a, lda, expanded, kInt4Panel, products, kInt4Panel, rows, columns, units, false);
-        add_group<mode>(p, panel, g, word * 8 == g * p.group, rows, columns, products, total);
+        add_group<mode>(p, panel, g, begins, 0, rows, columns, products, total);
       }
     }
     word += words;
@@ -552,6 +396,9 @@ void in_mode_of(const Int4Params& p, const F& f) {
 }
 
 void int4_stream(const Int4Params& p, int64_t first, int64_t end, int64_t part, int64_t parts) {
+#if defined(FASTOPS_HAS_AMX)
+  [[maybe_unused]] const TileScope tiles(static_cast<int>(p.M) * planes_of(p));
+#endif
   in_mode_of(p, [&](auto is) {
     constexpr Mode mode = decltype(is)::mode;
     (p.word_bytes == kInt4Word24 ? stream_rows<mode, true> : stream_rows<mode, false>)(p, first, end, part, parts);
@@ -559,6 +406,9 @@ void int4_stream(const Int4Params& p, int64_t first, int64_t end, int64_t part, 
 }
 
 void int4_panels(const Int4Params& p, int64_t first, int64_t end, float* scratch) {
+#if defined(FASTOPS_HAS_AMX)
+  [[maybe_unused]] const TileScope tiles;
+#endif
   in_mode_of(p, [&](auto is) {
     using Is = decltype(is);
     expanded_panels<Is::mode, typename Is::Dot>(p, first, end, scratch);
@@ -568,6 +418,11 @@ void int4_panels(const Int4Params& p, int64_t first, int64_t end, float* scratch
 }  // namespace
 
 extern const Int4Table int4_table;
-const Int4Table int4_table = {&row_bytes, &prepare, &int4_stream, &join_parts, &int4_panels};
+#if defined(FASTOPS_HAS_AMX)
+constexpr int kRowsRead = 16;
+#else
+constexpr int kRowsRead = 1;
+#endif
+const Int4Table int4_table = {&row_bytes, &prepare, &int4_stream, &join_parts, &int4_panels, kRowsRead};
 
 }  // namespace fastops::cpu::FASTOPS_ISA
