@@ -484,7 +484,7 @@ void bound_workspace() {
                   size_t bytes = 0;
                   REQUIRE(fastops_cores_set(cores, nullptr) == FASTOPS_OK, "refused");
                   REQUIRE(fastops_attention_workspace(&d, &env, &bytes) == FASTOPS_OK, "refused");
-                  bound(bytes, env);
+                  bound(bytes, env, 6);
                   bound_kv_workspace(d, &env);
                 }
   REQUIRE(fastops_cores_set(0, nullptr) == FASTOPS_OK, "refused");

@@ -1,9 +1,10 @@
 // attention over quantised pages. Part of fuzz.cpp, inside its namespace.
 
-// The header's promise: at most 5/8 MiB of workspace for each thread, and partial results of 1/8 MiB for each core.
-void bound(size_t bytes, const fastops_env& env) {
+// The header's promise: at most so many eighths of a MiB of workspace for each thread, and partial results of one for
+// each core.
+void bound(size_t bytes, const fastops_env& env, size_t eighths) {
   const size_t threads = static_cast<size_t>(env.num_threads), cores = static_cast<size_t>(fastops_cores());
-  REQUIRE(bytes <= (threads * 5 + (cores < 3 ? 3 : cores)) << 17, "%zu bytes for %zu threads", bytes, threads);
+  REQUIRE(bytes <= (threads * eighths + (cores < 3 ? 3 : cores)) << 17, "%zu bytes for %zu threads", bytes, threads);
   REQUIRE(threads < cores || bytes <= threads << 20, "%zu bytes for %zu threads", bytes, threads);
 }
 
@@ -46,7 +47,7 @@ void bound_kv_workspace(fastops_attention_desc d, fastops_env* env) {
   env->message = message;
   REQUIRE(fastops_attention_workspace(&d, env, &bytes) == FASTOPS_OK, "%s", message);
   env->message = nullptr;
-  bound(bytes, *env);
+  bound(bytes, *env, 7);
 }
 
 // A random quantised cache: codes, and what scales them.

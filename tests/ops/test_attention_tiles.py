@@ -1,10 +1,11 @@
-"""Decode in bf16 of several rows a KV head, which AMX multiplies by tiles: where rows lie, and numbers that are not finite."""
+"""What AMX multiplies by tiles: where rows lie, parts of fp16 and fp32, numbers that are not finite."""
 
 import pytest
 import torch
 from test_attention_paged import paged
 
 import fastops
+from fastops.info import isas
 from fastops.ops.attention_paged import attend
 from fastops.testing import assert_matches
 
@@ -84,3 +85,56 @@ def test_keys_not_finite_stay_in_their_head(isa, value):
     seen = fastops.attention(q, k, v, window=(20, 0))
     k[0, 40, 1, 6] = v[0, 41, 2, 3] = value  # where nobody looks
     close(fastops.attention(q, k, v, window=(20, 0)), seen)
+
+
+FLOATS = [torch.float32, torch.float16]
+
+
+def many(dtype, sq=70, sk=150, d=64, dv=64):
+    """As many rows as are packed."""
+    return torch.randn(1, sq, 4, d).to(dtype), torch.randn(1, sk, 2, d).to(dtype), torch.randn(1, sk, 2, dv).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.bfloat16])
+@pytest.mark.parametrize(("d", "dv"), [(64, 64), (72, 40), (128, 256), (8, 8), (256, 16)])
+def test_tiles_are_those_of_the_emulator(dtype, d, dv):
+    """Bit for bit: what the emulator shows on other machines is what AMX does."""
+    if "amx" not in isas():
+        pytest.skip("no AMX here")
+    for sq in (1, 2, 70):
+        q, k, v = many(dtype, sq, d=d, dv=dv)
+        outs = []
+        for name in ("amx", "amx_emu"):
+            with fastops.use_isa(name):
+                outs.append(fastops.attention(q, k, v, causal=True, return_lse=True))
+        assert all(torch.equal(a, b) for a, b in zip(*outs, strict=True))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("where", ["q", "k", "v"])
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_one_number_not_finite(isa, dtype, where, value):
+    """Against the reference: infinities are no NaNs, and a score of minus infinity is no key."""
+    tensors = dict(zip("qkv", many(dtype), strict=True))
+    tensors[where][0, 30, 1, 5] = value
+    out, lse = fastops.attention(**tensors, causal=True, return_lse=True)
+    with fastops.override(attention="reference"):
+        exact, exact_lse = fastops.attention(
+            **{n: t.double() for n, t in tensors.items()}, causal=True, return_lse=True
+        )
+    tol = {"atol": 2e-3, "rtol": 2e-3} if dtype == torch.float16 else {"atol": 1e-5, "rtol": 1e-5}
+    torch.testing.assert_close(out.double(), exact, equal_nan=True, **tol)
+    torch.testing.assert_close(lse.double(), exact_lse.double(), equal_nan=True, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [3.4e38, 1e38, 1e30, 1e-20, 1e-30])
+def test_numbers_of_any_size(isa, size):
+    """From those whose first part would round up to an infinity down to those whose last part is subnormal."""
+    q, k, v = many(torch.float32)
+    values = v / v.abs().max() * min(size, 1e34)  # sums stay finite
+    out = fastops.attention(q, k, values)
+    assert ((out - fastops.attention(q.double(), k.double(), values.double())).abs() <= 1e-6 * values.abs().max()).all()
+    q, k = q / q.abs().max() * size, k * min(max(1.0 / size, 1e-25), 1e25)
+    scale = 0.5 / (q.abs().max() * k.abs().max()).item()
+    whole = fastops.attention(q.double(), k.double(), v.double(), scale=scale)
+    torch.testing.assert_close(fastops.attention(q, k, v, scale=scale).double(), whole, atol=2e-6, rtol=1e-5)

@@ -245,8 +245,9 @@ struct Layout {
     partial_prefix = take((p.B + 1) * 8);
     partial_out = take(plan.partial_rows * p.Dv * 4);
     partial_lse = take(plan.partial_rows * 4);
-    scratch_bytes =
-        align64(attention_scratch(p.D, p.Dv, static_cast<int>(rows), attention_key_tile(p.D, p.Dv), p.quant).total * 4);
+    const int64_t few = attention_scratch(p, static_cast<int>(direct)).total;
+    const int64_t most = attention_scratch(p, static_cast<int>(rows)).total;
+    scratch_bytes = align64((few > most ? few : most) * 4);
     scratch = take(scratch_bytes * workers);
     total = at;
   }

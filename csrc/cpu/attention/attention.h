@@ -41,6 +41,10 @@ struct AttentionItem {
   const float *before = nullptr, *before_lse = nullptr;  // [heads][rows][Dv] and [heads][rows]: of keys seen already
 };
 
+inline int attention_key_tile(int D, int Dv) { return D <= 64 && Dv <= 64 ? 128 : 64; }
+// And where numbers are sums of so many bf16.
+constexpr int packed_tile_keys(int parts) { return parts == 1 ? 128 : 64; }
+
 // Scratch of one worker, in floats; each part starts on a 64-byte boundary.
 struct AttentionScratch {
   int64_t q, o, k, v, s, p16, m, l, lo, hi, rows, raw, before, total;
@@ -48,9 +52,15 @@ struct AttentionScratch {
 constexpr int64_t kDecodedFloats = 32 << 10;  // room for the decoded rows of a quantised tile
 constexpr int kDecodedKeys = 16;              // keys a direct tile of them holds at least
 // `rows`: query rows held at once, over all heads of the item.
-inline AttentionScratch attention_scratch(int D, int Dv, int rows, int key_tile, bool quant) {
+inline AttentionScratch attention_scratch(const AttentionParams& p, int rows) {
+  const int D = p.D, Dv = p.Dv;
+  const bool quant = p.quant;
   const int64_t R = (rows + kRowGroup - 1) / kRowGroup * kRowGroup, DP = (D + 31) / 32 * 32, VP = pad_dim(Dv);
   const int64_t direct = kDirectRows * kDirectHeads;  // rows whose q and o may stand in the order of 4-bit codes
+  // Three parts of fp32 (quantised rows are decoded to it) take half as much room again as the number.
+  const bool split = p.dtype == 1 || quant;
+  const int64_t parts = split ? 3 : 2, least = packed_tile_keys(split ? 3 : 2) * parts / 2;
+  const int64_t key_tile = attention_key_tile(D, Dv) > least ? attention_key_tile(D, Dv) : least;
   const auto or_more = [&](int64_t floats, int64_t per_row) {
     return quant && direct * per_row > floats ? direct * per_row : floats;
   };
@@ -61,25 +71,23 @@ inline AttentionScratch attention_scratch(int D, int Dv, int rows, int key_tile,
     at += (floats + 15) / 16 * 16;
     return here;
   };
-  s.q = take(or_more(R * DP, (D + 127) / 128 * 64));
+  s.q = take(or_more(R * DP * parts / 2, (D + 127) / 128 * 64));
   s.o = take(or_more(R * VP, (Dv + 127) / 128 * 128 + kPad));
   s.k = take(DP * key_tile);
   s.v = take(static_cast<int64_t>(key_tile) * VP);
-  const int64_t scores = kPackedRows * kMaxKeyTile;
-  s.s = take(scores);
-  s.p16 = take(scores / 2);
+  s.s = take(kPackedRows * kMaxKeyTile);
+  s.p16 = take(kPackedRows * 96);
   s.m = take(R);
   s.l = take(R * kPad);
   s.lo = take(R);
   s.hi = take(R);
   s.rows = take(kDirectKeys * 2 * static_cast<int64_t>(sizeof(void*) / 4) * 2 + kMaxHeadDim);
   s.raw = take(quant ? kDecodedFloats : 0);
-  s.before = take(quant ? direct * (Dv + 1) : 0);  // what an item's keys in pages gave, while the recent ones are seen
+  s.before = take(quant && R <= direct ? direct * (Dv + 1)
+                                       : 0);  // what an item's keys in pages gave, while the recent ones are seen
   s.total = at;
   return s;
 }
-
-inline int attention_key_tile(int D, int Dv) { return D <= 64 && Dv <= 64 ? 128 : 64; }
 
 constexpr int kBackwardKeys = 64;   // keys of a tile
 constexpr int kBackwardRows = 96;   // rows of a dq item

@@ -10,6 +10,7 @@
 #include "cpu/attention/attention_modes.inl.h"
 // (all of those)
 #include "cpu/attention/attention_direct.inl.h"
+#include "cpu/attention/attention_packed_tiles.inl.h"
 #include "cpu/attention/attention_lanes.inl.h"
 // (a variant of that)
 #include "cpu/attention/attention_lane_tiles.inl.h"
@@ -163,13 +164,7 @@ bool tile_loop(const AttentionParams& p, const AttentionItem& it, const Sequence
     if constexpr (!Source::kDecodes) source.rows(first, run_length(first), w.kr + w.tile, w.vr + w.tile);
     if constexpr (Mode::kReadsCodes || Mode::kInLanes) mode.begin(run_length(first));
   }
-  for (int h = 0; h < w.heads; ++h) {
-    if constexpr (Mode::kReadsCodes || Mode::kInLanes) {
-      mode.load_q(p, it, seq, h);
-    } else {
-      load_q_rows(p, it, seq, w, h);
-    }
-  }
+  for (int h = 0; h < w.heads; ++h) mode.load_q(p, it, seq, h);
   for (int64_t key = first; key < last; key += w.tile) {
     const int n = run_length(key), next = run_length(key + n);
     if constexpr (Source::kDecodes) {
@@ -187,6 +182,7 @@ bool tile_loop(const AttentionParams& p, const AttentionItem& it, const Sequence
         if (next == 0) asked = expect_next<Source>(p, it, mode, w);
       mode.prepare(n, asked);
     }
+    if (!mode.sound()) return false;
     if constexpr (Mode::kStreams) mode.asks = true;
     const int step = mode.rows_at_once();
     for (int r0 = 0; r0 < w.rows; r0 += step) {
@@ -206,13 +202,15 @@ bool tile_loop(const AttentionParams& p, const AttentionItem& it, const Sequence
       } else {
         for (int h = 0; h < w.heads; ++h) {
           RowState st = w.state(h);
-          ScoreTile t{w.s + h * rows * w.BK, w.BK, w.p16 + h * rows * (w.BK / 2), w.BK / 2, key, seen, masked};
-          softmax_rows<kGeneral, kExpDegree<T>, Mode::kBf16P>(p, it, it.hkv + h, seq, st, r0, rows, t);
+          constexpr int kParts = Mode::kParts;
+          const int64_t ldp = kParts * w.BK / 2;
+          ScoreTile t{w.s + h * rows * w.BK, w.BK, w.p16 + h * rows * ldp, ldp, w.BK / 2, key, seen, masked};
+          softmax_rows<kGeneral, kExpDegree<T>, kParts>(p, it, it.hkv + h, seq, st, r0, rows, t);
         }
       }
       if constexpr (!Mode::kReadsCodes && !Mode::kInLanes) {
-        if ((masked || p.bias) && !mode.v_finite(seen)) {
-          for (int h = 0; h < w.heads; ++h) accumulate_seen<T, Mode::kBf16P>(w, h, r0, rows, seen);
+        if ((masked || p.bias || Mode::kSeesV) && !mode.v_finite(seen)) {
+          for (int h = 0; h < w.heads; ++h) accumulate_seen<T, Mode::kParts>(w, h, r0, rows, seen);
           continue;
         }
       }
@@ -264,9 +262,12 @@ void run_mode(const AttentionParams& p, const AttentionItem& it, const Sequence&
     }
   if (direct) {
     run_epilogue<Direct<T>, Source>(p, it, s, scratch);
-  } else {
-    run_epilogue<Packed<T>, Source>(p, it, s, scratch);
+    return;
   }
+#if defined(FASTOPS_HAS_AMX)
+  if (run_epilogue<PackedTiles<T>, Source>(p, it, s, scratch)) return;
+#endif
+  run_epilogue<Packed<T>, Source>(p, it, s, scratch);
 }
 
 template <class T>
@@ -303,7 +304,7 @@ bool run_groups(const AttentionParams& p, const AttentionItem& it, const Sequenc
   const bool both = pages.key0 < pages.key1 && recent.key0 < recent.key1;
   if (both) {
     const int rows = kDirectRows * kDirectHeads;
-    pages.partial_out = scratch + attention_scratch(p.D, p.Dv, rows, attention_key_tile(p.D, p.Dv), true).before;
+    pages.partial_out = scratch + attention_scratch(p, rows).before;
     pages.partial_lse = pages.partial_out + it.heads * it.rows * p.Dv;
     pages.partial_step = it.rows;
     recent.before = pages.partial_out;

@@ -89,7 +89,7 @@ struct RowStream {
 // of them at a time, while the keys `lead` rows further on are on their way to L1 (docs/design/003-cpu-attention.md).
 template <class T>
 struct Direct {
-  static constexpr bool kBf16P = kDot16<T>;
+  static constexpr int kParts = kDot16<T> ? 1 : 0;  // bf16 that a probability becomes, 0: it stays fp32
   static constexpr bool kReadsCodes = false;
   static constexpr bool kStreams = true;
   static constexpr bool kInLanes = false;
@@ -105,6 +105,10 @@ struct Direct {
 
   static void finish(float*) {}
   static bool sound() { return true; }
+  static constexpr bool kSeesV = false;
+  void load_q(const AttentionParams& p, const AttentionItem& it, const Sequence& seq, int h) {
+    load_q_rows(p, it, seq, w, h);
+  }
   Direct(Work<T>& work, const AttentionParams&) : w(work) {
     constexpr int64_t size = sizeof(T);
     k_bytes = ((w.heads - 1) * w.k_step + w.D) * size;
@@ -343,8 +347,8 @@ struct Direct {
   void accumulate(int r0, int rows, int n) {
     const int now = lead < n ? lead : n, share = asks ? lines(w.Dv) : 0;
     RowStream stream(w.vr + now, n - now, v_bytes, w.kr + w.tile, lead < next ? lead : next, k_bytes, now, next);
-    const int64_t ldp = kBf16P ? w.BK / 2 : w.BK, vp = w.VP;
-    const View t{w.vr, w.v_step, kBf16P ? w.p16 : w.s, ldp, rows * ldp, w.st.o + r0 * vp, vp, w.rows * vp, w.Dv};
+    const int64_t ldp = kParts ? w.BK / 2 : w.BK, vp = w.VP;
+    const View t{w.vr, w.v_step, kParts ? w.p16 : w.s, ldp, rows * ldp, w.st.o + r0 * vp, vp, w.rows * vp, w.Dv};
     for (int j = 0; j < n; j += block) {
       const int end = j + block < n ? j + block : n;
       for (int h = 0; h < w.heads; ++h) {

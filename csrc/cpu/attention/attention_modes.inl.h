@@ -44,32 +44,20 @@ struct Work {
   T* raw;  // decoded rows, where the source makes them
   bool quant;
 
-  // Keys of a packed tile: as many as a product by tiles likes, in the room of half as many fp32 ones.
-  static int packed_keys(int D, int Dv) {
-#if defined(FASTOPS_HAS_AMX)
-    if (kDot16<T>) return kMaxKeyTile;
-#endif
-    return attention_key_tile(D, Dv);
-  }
-
   Work(const AttentionParams& p, const AttentionItem& it, float* scratch)
       : D(p.D),
         Dv(p.Dv),
         VP(pad_dim(p.Dv)),
-        BK(packed_keys(p.D, p.Dv)),
+        BK(attention_key_tile(p.D, p.Dv)),
         rows(static_cast<int>(it.rows)),
         heads(static_cast<int>(it.heads)),
         k_step(p.quant ? p.D : p.k_sh),
         v_step(p.quant ? p.Dv : p.v_sh) {
     const int rows_max = it.rows > kSharedRows ? p.block_rows : kDirectRows * kDirectHeads;
-    const AttentionScratch at = attention_scratch(D, Dv, rows_max, attention_key_tile(D, Dv), p.quant);
+    const AttentionScratch at = attention_scratch(p, rows_max);
     const int64_t dp = (D + 31) / 32 * 32;
     ldq = kDot16<T> ? dp / 2 : dp;
-#if defined(FASTOPS_HAS_AMX)
-    depth = static_cast<int>(kDot16<T> ? ldq : D);  // a tile row holds 16 units
-#else
     depth = kDot16<T> ? (D + 1) / 2 : D;
-#endif
     q = scratch + at.q;
     k = scratch + at.k;
     v = scratch + at.v;
@@ -131,13 +119,14 @@ void load_q_rows(const AttentionParams& p, const AttentionItem& it, const Sequen
 
 // Where a tile is masked for some rows and V holds an inf or NaN, the zero probabilities of unseen keys must not
 // multiply it: add key by key, skipping those.
-template <class T, bool kBf16P>
+template <class T, int kParts>
 __attribute__((noinline)) void accumulate_seen(Work<T>& w, int h, int r0, int rows, int n) {
   for (int i = 0; i < rows; ++i) {
     float* o = w.st.o + static_cast<int64_t>(h * w.rows + r0 + i) * w.VP;
-    const float* pr = kBf16P ? w.p16 + (h * rows + i) * (w.BK / 2) : w.s + (h * rows + i) * w.BK;
+    const float* pr = kParts ? w.p16 + (h * rows + i) * (kParts * w.BK / 2) : w.s + (h * rows + i) * w.BK;
     for (int j = 0; j < n; ++j) {
-      const float pj = kBf16P ? to_f32(reinterpret_cast<const bf16*>(pr)[j]) : pr[j];
+      float pj = kParts ? 0.0f : pr[j];
+      for (int part = kParts; part-- > 0;) pj += to_f32(reinterpret_cast<const bf16*>(pr)[part * w.BK + j]);
       if (pj == 0.0f) continue;
       for (int d = 0; d < w.Dv; d += W) {
         const int left = w.Dv - d;
@@ -153,16 +142,13 @@ __attribute__((noinline)) void accumulate_seen(Work<T>& w, int h, int r0, int ro
 
 template <class T>
 struct Packed {
-  static constexpr bool kBf16P = kDot16<T>;
-  static constexpr bool kReadsCodes = false;  // and needs their scales
-  static constexpr bool kStreams = false;     // asks for rows before they are needed
-  static constexpr bool kInLanes = false;     // a query row in each lane, and a softmax of its own
-  static constexpr int kKeysTogether = 1;     // a tile begins at a multiple of
-#if defined(FASTOPS_HAS_AMX)
-  static constexpr int kRows = kDot16<T> ? kPackedRows : 24;
-#else
+  static constexpr int kParts = kDot16<T> ? 1 : 0;  // bf16 that a probability becomes, 0: it stays fp32
+  static constexpr bool kReadsCodes = false;        // and needs their scales
+  static constexpr bool kStreams = false;           // asks for rows before they are needed
+  static constexpr bool kInLanes = false;           // a query row in each lane, and a softmax of its own
+  static constexpr int kKeysTogether = 1;           // a tile begins at a multiple of
   static constexpr int kRows = 24;
-#endif
+  static constexpr int kLine = 64 / static_cast<int>(sizeof(T));
   Work<T>& w;
   bool v_is_finite = true;
   static int rows_at_once() { return kRows; }
@@ -170,6 +156,10 @@ struct Packed {
   Packed(Work<T>& work, const AttentionParams&) : w(work) {}
   static void finish(float*) {}
   static bool sound() { return true; }
+  static constexpr bool kSeesV = false;
+  void load_q(const AttentionParams& p, const AttentionItem& it, const Sequence& seq, int h) {
+    load_q_rows(p, it, seq, w, h);
+  }
 
   static vf load_units(const T* p, int elems) {  // W units of a K row, absent elements zero
 #if defined(FASTOPS_HAS_BF16_DOT)
@@ -205,10 +195,9 @@ struct Packed {
   }
 
   // V -> [keys][VP] fp32, or [keys / 2][VP] pairs of bf16 (keys 2i and 2i+1).
-  void pack_v(int n, int next) {
-    constexpr int kLine = 64 / static_cast<int>(sizeof(T)), kKeys = kDot16<T> ? 2 : 1;
+  void pack_v(int n, int next, int units) {
+    constexpr int kKeys = kDot16<T> ? 2 : 1;
     vf poison = vzero();
-    const int units = value_units(n);
     for (int u = 0; u < units; ++u) {
       for (int j = u * kKeys; j < (u + 1) * kKeys && j < next; ++j)
         for (int d = 0; d < w.Dv; d += kLine) vprefetch_l2(w.vr[w.tile + j] + d);
@@ -236,33 +225,24 @@ struct Packed {
     v_is_finite = vall_finite(poison);
   }
 
-  static int value_units(int n) {
-#if defined(FASTOPS_HAS_AMX)
-    if constexpr (kDot16<T>) return (n + 31) / 32 * 16;
-#endif
-    return kDot16<T> ? (n + 1) / 2 : n;
-  }
+  static int value_units(int n) { return kDot16<T> ? (n + 1) / 2 : n; }
 
   void prepare(int n, int next) {
     pack_k(n, next);
-    pack_v(n, next);
+    pack_v(n, next, value_units(n));
   }
   bool v_finite(int) const { return v_is_finite; }
 
   void scores(int r0, int rows, int n) {
     const int cols = (n + W - 1) / W * W;
-    multiply(w.q + r0 * w.ldq, w.ldq, w.k, w.BK, w.s, w.BK, rows, cols, w.depth, false);
+    gemm<Dot>(w.q + r0 * w.ldq, w.ldq, w.k, w.BK, w.s, w.BK, rows, cols, w.depth, false);
   }
   void accumulate(int r0, int rows, int n) {
     const int cols = (w.Dv + W - 1) / W * W, units = value_units(n);
     if constexpr (kDot16<T>) {
-#if defined(FASTOPS_HAS_AMX)
-      if (n % 32 != 0 && n % 32 <= 16)  // softmax wrote whole vectors of 16 keys; a tile row holds 32
-        for (int i = 0; i < rows; ++i) std::memset(w.p16 + i * (w.BK / 2) + units - 8, 0, 32);
-#endif
-      multiply(w.p16, w.BK / 2, w.v, w.VP, w.st.o + static_cast<int64_t>(r0) * w.VP, w.VP, rows, cols, units, true);
+      gemm<Dot>(w.p16, w.BK / 2, w.v, w.VP, w.st.o + static_cast<int64_t>(r0) * w.VP, w.VP, rows, cols, units, true);
     } else {
-      multiply(w.s, w.BK, w.v, w.VP, w.st.o + static_cast<int64_t>(r0) * w.VP, w.VP, rows, cols, units, true);
+      gemm<Dot>(w.s, w.BK, w.v, w.VP, w.st.o + static_cast<int64_t>(r0) * w.VP, w.VP, rows, cols, units, true);
     }
   }
 
@@ -280,13 +260,6 @@ struct Packed {
 #else
   using Dot = DotF32;
 #endif
-  template <class... Args>
-  static void multiply(Args... args) {
-#if defined(FASTOPS_HAS_AMX)
-    if constexpr (kDot16<T>) return tile_gemm<Dot>(args...);
-#endif
-    gemm<Dot>(args...);
-  }
 };
 
 }  // namespace

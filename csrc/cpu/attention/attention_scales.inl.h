@@ -217,10 +217,11 @@ struct Code {  // codes of a kind
 
 template <int kKind>
 struct CodeMode {
-  static constexpr bool kBf16P = false;
+  static constexpr int kParts = 0;
   static constexpr bool kReadsCodes = true;
   static constexpr bool kStreams = true;
   static bool sound() { return true; }
+  static constexpr bool kSeesV = false;
   static constexpr bool kInLanes = false;
   static constexpr int kKeysTogether = 1;
   static int rows_at_once() { return kDirectRows; }

@@ -21,8 +21,8 @@ struct RowState {
 struct ScoreTile {
   float* s;
   int64_t lds;
-  float* p16;  // bf16 probabilities go here (pairs in 32-bit units), or NULL: they overwrite s
-  int64_t ldp;
+  float* p16;         // probabilities go here as sums of bf16 (pairs in 32-bit units), or they overwrite s
+  int64_t ldp, part;  // units between its rows, and between the parts of one
   int64_t key;
   int n;
   bool masked;  // some row of the group does not see all n keys
@@ -78,21 +78,26 @@ inline void modify_row(const AttentionParams& p, int64_t b, int64_t hkv, const S
   }
 }
 
-template <bool kBf16>
-inline void store_p(ScoreTile& t, int64_t i, int j, vf x) {
 #if defined(FASTOPS_HAS_BF16_DOT)
-  if constexpr (kBf16) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(reinterpret_cast<bf16*>(t.p16 + i * t.ldp) + j),
-                        (__m256i)_mm512_cvtneps_pbh(x));
-    return;
+// Probabilities of keys [j, j + 2 W) of row i, as so many bf16.
+template <int kParts>
+FASTOPS_INLINE void store_parts(const ScoreTile& t, int i, int j, vf a, vf b) {
+  auto* to = reinterpret_cast<bf16*>(t.p16 + i * t.ldp) + j;
+  FASTOPS_UNROLL
+  for (int part = 1; part < kParts; ++part, to += 2 * t.part) {
+    const vf first = vround_bf16(a), second = vround_bf16(b);
+    vistore(to, vupper(first, second));
+    a = vsub(a, first);
+    b = vsub(b, second);
   }
-#endif
-  vstore(t.s + i * t.lds + j, x);
+  vistore(to, (vi)_mm512_cvtne2ps_pbh(b, a));
 }
+#endif
 
 // Turns the scores of rows [r0, r0 + rows) into probabilities 2^(c (s - m)), updating m, l and (rarely) o.
-// kGeneral: scores get modifiers first, and subtract before scaling so that huge negative biases stay finite.
-template <bool kGeneral, int kExpDegree, bool kBf16>
+// kParts: of bf16 that a probability becomes, 0 where it stays fp32. kGeneral: scores get modifiers first, and subtract
+// before scaling so that huge negative biases stay finite.
+template <bool kGeneral, int kExpDegree, int kParts>
 void softmax_rows(const AttentionParams& p, const AttentionItem& it, int64_t hkv, const Sequence& seq, RowState& st,
                   int64_t r0, int rows, ScoreTile& t) {
   const float c = kGeneral ? kLog2e : p.scale * kLog2e;  // > 0: other scales take the general way
@@ -134,18 +139,29 @@ void softmax_rows(const AttentionParams& p, const AttentionItem& it, int64_t hkv
     };
     int j = 0;
 #if defined(FASTOPS_HAS_BF16_DOT)
-    if constexpr (kBf16)
+    if constexpr (kParts > 0) {
       for (; j + 2 <= nv; j += 2) {
         const vf a = probability(j), b = probability(j + 1);
         sum = vadd(sum, vadd(a, b));
-        vistore(reinterpret_cast<bf16*>(t.p16 + i * t.ldp) + j * W, (vi)_mm512_cvtne2ps_pbh(b, a));
+        store_parts<kParts>(t, i, j * W, a, b);
       }
-#endif
-    for (; j < nv; ++j) {
-      const vf e = probability(j);
-      sum = vadd(sum, e);
-      store_p<kBf16>(t, i, j * W, e);
+      if (j < nv) {
+        const vf e = probability(j);
+        sum = vadd(sum, e);
+        if ((j + 2) * W <= t.lds)
+          store_parts<kParts>(t, i, j * W, e, vzero());
+        else
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(reinterpret_cast<bf16*>(t.p16 + i * t.ldp) + j * W),
+                              (__m256i)_mm512_cvtneps_pbh(e));
+      }
     }
+#endif
+    if constexpr (kParts == 0)
+      for (; j < nv; ++j) {
+        const vf e = probability(j);
+        sum = vadd(sum, e);
+        vstore(s + j * W, e);
+      }
     vstore(st.l + r * kPad, sum);
   }
 }

@@ -346,11 +346,16 @@ void expanded_panels(const Int4Params& p, int64_t panel0, int64_t panel_end, flo
           const int whole = (units + 15) / 16 * 16;
           std::memset(expanded + units * kInt4Panel, 0,
                       sizeof(float) * static_cast<size_t>((whole - units) * kInt4Panel));
-          const Planes planes{planes_of(p), plane_bytes(p) / 4};
+          const int planes = planes_of(p);
+          const auto multiply = [&](auto parts, const float* from, int n) {
+            tile_gemm<Dot, decltype(parts)::value>(from, lda, expanded, kInt4Panel, products, kInt4Panel, n, columns,
+                                                   whole, false, {plane_bytes(p) / 4, 0});
+          };
           for (int r = 0; r < rows; r += 32) {  // their products stay in L1
             const int n = rows - r < 32 ? rows - r : 32;
-            tile_gemm<Dot>(a + r * lda, lda, expanded, kInt4Panel, products, kInt4Panel, n, columns, whole, false,
-                           planes);
+            planes == 3   ? multiply(TileCount<3>(), a + r * lda, n)
+            : planes == 2 ? multiply(TileCount<2>(), a + r * lda, n)
+                          : multiply(TileCount<1>(), a + r * lda, n);
             add_group<mode>(p, panel, g, begins, r, n, columns, products, total + r * kInt4Panel);
           }
           continue;

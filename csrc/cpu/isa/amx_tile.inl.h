@@ -3,7 +3,8 @@
 // VNNI), and C is 16 x 16 fp32 or int32. https://www.intel.com/sdm, volume 1, chapter 18.
 //
 // With FASTOPS_AMX_EMULATE the tiles are plain arrays: the same loops, layouts and addresses run, and are tested, on
-// machines without AMX. Products are exact and added unit by unit, as the instructions do.
+// machines without AMX. Sums are those of the manual: products of bf16 with even and with odd K each add up from zero,
+// then to each other, then to C, rounded each time.
 namespace fastops::cpu::FASTOPS_ISA {
 namespace {
 
@@ -33,19 +34,16 @@ struct Tiles {
   }
   template <int C, int A, int B>
   void dot_bf16() {
-    for (int m = 0; m < rows; ++m)
+    const auto upper = [](__m512i x) { return _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(-65536))); };
+    for (int m = 0; m < rows; ++m) {
+      __m512 even = _mm512_setzero_ps(), odd = even;
       for (int k = 0; k < 16; ++k) {
-        bf16 a[2], b[2];
-        std::memcpy(a, &t[A][m][k], 4);
-        for (int n = 0; n < 16; ++n) {
-          std::memcpy(b, &t[B][k][n], 4);
-          float c;
-          std::memcpy(&c, &t[C][m][n], 4);
-          c += to_f32(a[0]) * to_f32(b[0]);
-          c += to_f32(a[1]) * to_f32(b[1]);
-          std::memcpy(&t[C][m][n], &c, 4);
-        }
+        const __m512i a = _mm512_set1_epi32(t[A][m][k]), b = _mm512_loadu_si512(t[B][k]);
+        even = _mm512_fmadd_ps(upper(_mm512_slli_epi32(a, 16)), upper(_mm512_slli_epi32(b, 16)), even);
+        odd = _mm512_fmadd_ps(upper(a), upper(b), odd);
       }
+      _mm512_storeu_ps(t[C][m], _mm512_add_ps(_mm512_loadu_ps(t[C][m]), _mm512_add_ps(even, odd)));
+    }
   }
   // Signed bytes of A, unsigned ones of B.
   template <int C, int A, int B>
@@ -120,16 +118,17 @@ FASTOPS_INLINE void tile_dot(Tiles& t) {
     t.dot_bf16<C, A, B>();
 }
 
-// A is the sum of `count` matrices, `step` units one after the other.
-struct Planes {
-  int count = 1;
-  int64_t step = 0;
+// Operands may be sums of matrices, `a` and `b` units one after the other.
+struct Parts {
+  int64_t a = 0, b = 0;
 };
 
 // One block of C: MT x NT tiles. Rows beyond M up to a multiple of 16 are computed too: scratch has room for them.
-template <class Dot, int MT, int NT>
+// Of sums, the products i of A with j of B are taken for which i + j is less than the larger number of parts: what the
+// rest would add is smaller than the last part. kAll: of two and two all four.
+template <class Dot, int MT, int NT, int kA, int kB, bool kAll>
 FASTOPS_INLINE void tile_block(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int K,
-                               bool add, Planes planes) {
+                               bool add, Parts parts) {
   Tiles t;
   if (add) {
     t.load<0>(c, ldc * 4);
@@ -143,17 +142,30 @@ FASTOPS_INLINE void tile_block(const float* a, int64_t lda, const float* b, int6
     if constexpr (MT == 2 && NT == 2) t.zero<3>();
   }
   for (int k = 0; k < K; k += 16) {
-    t.load<6>(b + k * ldb, ldb * 4);
-    if constexpr (NT == 2) t.load<7>(b + k * ldb + 16, ldb * 4);
-    const float* from = a + k;
-    for (int i = 0; i < planes.count; ++i, from += planes.step) {
+    const auto load_a = [&](int i) FASTOPS_LAMBDA {
+      const float* from = a + i * parts.a + k;
       t.load<4>(from, lda * 4);
+      if constexpr (MT == 2) t.load<5>(from + 16 * lda, lda * 4);
+    };
+    const auto load_b = [&](int j) FASTOPS_LAMBDA {
+      const float* from = b + j * parts.b + k * ldb;
+      t.load<6>(from, ldb * 4);
+      if constexpr (NT == 2) t.load<7>(from + 16, ldb * 4);
+    };
+    const auto multiply = [&]() FASTOPS_LAMBDA {
       tile_dot<Dot, 0, 4, 6>(t);
       if constexpr (NT == 2) tile_dot<Dot, 1, 4, 7>(t);
-      if constexpr (MT == 2) t.load<5>(from + 16 * lda, lda * 4);
       if constexpr (MT == 2) tile_dot<Dot, 2, 5, 6>(t);
       if constexpr (MT == 2 && NT == 2) tile_dot<Dot, 3, 5, 7>(t);
-    }
+    };
+    load_b(0);
+    if constexpr (kA > 2) load_a(2), multiply();
+    if constexpr (kA > 1) load_a(1), multiply();
+    if constexpr (kA > 2 && kB > 1) load_b(1), multiply();
+    load_a(0), multiply();  // with part 1 of B where there are three
+    if constexpr (kB > 2) load_b(0), multiply();
+    if constexpr (kB > 1) load_b(kB - 1), multiply();
+    if constexpr (kAll) load_a(1), multiply();
   }
   t.store<0>(c, ldc * 4);
   if constexpr (NT == 2) t.store<1>(c + 16, ldc * 4);
@@ -161,21 +173,32 @@ FASTOPS_INLINE void tile_block(const float* a, int64_t lda, const float* b, int6
   if constexpr (MT == 2 && NT == 2) t.store<3>(c + 16 * ldc + 16, ldc * 4);
 }
 
-template <class Dot, int MT>
-FASTOPS_INLINE void tile_rows(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int N,
-                              int K, bool add, Planes planes) {
-  int j = 0;
-  for (; j + 32 <= N; j += 32) tile_block<Dot, MT, 2>(a, lda, b + j, ldb, c + j, ldc, K, add, planes);
-  if (j < N) tile_block<Dot, MT, 1>(a, lda, b + j, ldb, c + j, ldc, K, add, planes);
-}
+template <int n>
+struct TileCount {
+  static constexpr int value = n;
+};
 
 // As gemm. K is a multiple of 16 units, N of 16 columns.
-template <class Dot>
+template <class Dot, int kA = 1, int kB = 1, bool kAll = false>
 void tile_gemm(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int M, int N, int K,
-               bool add, Planes planes = Planes()) {
-  int i = 0;
-  for (; M - i > 16; i += 32) tile_rows<Dot, 2>(a + i * lda, lda, b, ldb, c + i * ldc, ldc, N, K, add, planes);
-  if (M - i > 0) tile_rows<Dot, 1>(a + i * lda, lda, b, ldb, c + i * ldc, ldc, N, K, add, planes);
+               bool add, Parts parts = Parts()) {
+  static_assert((kB == 1 || kA == kB) && (!kAll || kA == 2), "the order of products");
+  for (int i = 0; i < M; i += 32) {
+    const float* rows = a + i * lda;
+    float* to = c + i * ldc;
+    for (int j = 0; j < N; j += 32) {
+      const auto block = [&](auto mt, auto nt) FASTOPS_LAMBDA {
+        tile_block<Dot, decltype(mt)::value, decltype(nt)::value, kA, kB, kAll>(rows, lda, b + j, ldb, to + j, ldc, K,
+                                                                                add, parts);
+      };
+      using One = TileCount<1>;
+      using Two = TileCount<2>;
+      if (M - i > 16)
+        N - j > 16 ? block(Two(), Two()) : block(Two(), One());
+      else
+        N - j > 16 ? block(One(), Two()) : block(One(), One());
+    }
+  }
 }
 
 }  // namespace

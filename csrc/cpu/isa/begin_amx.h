@@ -5,7 +5,8 @@
 #define FASTOPS_HAS_VNNI 1
 #define FASTOPS_HAS_AMX 1
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,prfchw,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,amx-tile,amx-bf16,amx-int8")
+#pragma GCC target( \
+    "avx2,fma,f16c,prfchw,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,amx-tile,amx-bf16,amx-int8")
 #include "cpu/isa/vec_avx512.h"
 
 #include "cpu/isa/math.inl.h"

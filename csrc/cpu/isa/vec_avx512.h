@@ -348,6 +348,20 @@ FASTOPS_INLINE __m512i vload_f8_bf16(const uint8_t* p) {
                                _mm512_set1_epi16(0x7fc0));
 }
 #endif
+// The nearest bf16 (finite x, below 2^127), and the upper halves of two vectors' lanes, side by side and in pairs.
+FASTOPS_INLINE vf vround_bf16(vf x) {
+  const __m512i bits = _mm512_add_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(0x8000));
+  return _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
+}
+FASTOPS_INLINE vi vupper(vf a, vf b) {
+  alignas(64) static constexpr uint16_t kUpper[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                                                      33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+  return _mm512_permutex2var_epi16(_mm512_castps_si512(a), _mm512_load_si512(kUpper), _mm512_castps_si512(b));
+}
+FASTOPS_INLINE vf vupper_pairs(vf a, vf b) {
+  return _mm512_castsi512_ps(
+      _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(_mm512_castps_si512(a), 16), _mm512_castps_si512(b)));
+}
 FASTOPS_INLINE void vprefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 // The same, not to be moved: GCC gathers prefetches in bursts, which the queue of misses has no room for.
 FASTOPS_INLINE void vprefetch_here(const void* p) {
