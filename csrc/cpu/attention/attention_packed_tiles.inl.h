@@ -18,6 +18,8 @@ struct PackedTiles : Packed<T> {
   int64_t k_part, v_part;  // units between parts
   vf largest = vzero();    // magnitude of q and K, NaNs apart
   bool v_is_finite = true;
+  RowStream ahead;  // rows of the next tile, asked for while this one is multiplied
+  int lines = 0;    // of them, for each block of a product
   static constexpr float kTooLarge = 0x1p127f;
   static int rows_at_once() { return kPackedRows; }
 
@@ -81,13 +83,10 @@ struct PackedTiles : Packed<T> {
 
   FASTOPS_INLINE void note(vf x) { largest = _mm512_max_ps(_mm512_abs_ps(x), largest); }  // (the second of a NaN)
 
-  // K -> for each part [depth][BK]: pairs of channels down, keys across. (Rows to come are asked for as Packed does.)
-  void pack_k_parts(int n, int next) {
+  // K -> for each part [depth][BK]: pairs of channels down, keys across.
+  void pack_k_parts(int n) {
     for (int j = 0; j < n; j += W) {
-      const int there = next - j < W ? next - j : W;
       for (int d = 0; d < 2 * w.depth; d += W) {
-        if (d % Packed<T>::kLine == 0)
-          for (int i = 0; i < there; ++i) vprefetch_l2(w.kr[w.tile + j + i] + d);
         vf r[W];
         for (int i = 0; i < W; ++i) note(r[i] = load_of(j + i < n ? w.kr[j + i] : w.zero_row, d, w.D));
         vtranspose(r);
@@ -98,11 +97,9 @@ struct PackedTiles : Packed<T> {
     }
   }
   // V -> for each part [keys / 2][VP]: pairs of keys.
-  void pack_v_parts(int n, int next) {
+  void pack_v_parts(int n) {
     vf poison = vzero();
     for (int u = 0; u < value_units(n); ++u) {
-      for (int j = 2 * u; j < 2 * u + 2 && j < next; ++j)
-        for (int d = 0; d < w.Dv; d += Packed<T>::kLine) vprefetch_l2(w.vr[w.tile + j] + d);
       const T* a = 2 * u < n ? w.vr[2 * u] : w.zero_row;
       const T* b = 2 * u + 1 < n ? w.vr[2 * u + 1] : w.zero_row;
       float* dst = w.v + static_cast<int64_t>(u) * w.VP;
@@ -118,12 +115,16 @@ struct PackedTiles : Packed<T> {
 
   void prepare(int n, int next) {
     if constexpr (kParts == 1) {
-      this->pack_k(n, next);
-      this->pack_v(n, next, value_units(n));
+      this->pack_k(n, 0);
+      this->pack_v(n, 0, value_units(n));
     } else {
-      pack_k_parts(n, next);
-      pack_v_parts(n, next);
+      pack_k_parts(n);
+      pack_v_parts(n);
     }
+    const int64_t k_bytes = w.D * static_cast<int64_t>(sizeof(T)), v_bytes = w.Dv * static_cast<int64_t>(sizeof(T));
+    ahead = RowStream(w.kr + w.tile, next, k_bytes, w.vr + w.tile, next, v_bytes);
+    const int blocks = (w.rows + 31) / 32 * ((n + 31) / 32 + (w.Dv + 31) / 32);
+    lines = static_cast<int>(next * (k_bytes + v_bytes) / 64 / blocks) + 1;
   }
   bool v_finite(int n) const { return kParts == 1 ? Packed<T>::v_finite(n) : v_is_finite; }
   static constexpr bool kSeesV = kParts > 1;  // where it is not finite, all rows add it key by key
@@ -131,12 +132,13 @@ struct PackedTiles : Packed<T> {
   void scores(int r0, int rows, int n) {
     const int cols = (n + W - 1) / W * W;
     tile_gemm<DotBf16, kParts, kParts, kParts == 2>(w.q + r0 * w.ldq, w.ldq, w.k, w.BK, w.s, w.BK, rows, cols, w.depth,
-                                                    false, {w.depth, k_part});
+                                                    false, {w.depth, k_part}, [this] { ahead.step(lines); });
   }
   void accumulate(int r0, int rows, int n) {
     const int cols = (w.Dv + W - 1) / W * W;
     tile_gemm<DotBf16, kParts, kParts>(w.p16, kParts * w.BK / 2, w.v, w.VP, w.st.o + static_cast<int64_t>(r0) * w.VP,
-                                       w.VP, rows, cols, value_units(n), true, {w.BK / 2, v_part});
+                                       w.VP, rows, cols, value_units(n), true, {w.BK / 2, v_part},
+                                       [this] { ahead.step(lines); });
   }
 };
 #endif

@@ -94,75 +94,105 @@ FASTOPS_INLINE void store_parts(const ScoreTile& t, int i, int j, vf a, vf b) {
 }
 #endif
 
-// Turns the scores of rows [r0, r0 + rows) into probabilities 2^(c (s - m)), updating m, l and (rarely) o.
-// kParts: of bf16 that a probability becomes, 0 where it stays fp32. kGeneral: scores get modifiers first, and subtract
-// before scaling so that huge negative biases stay finite.
+// Keys this row does not see, and those behind the last one up to whole vectors, count as -inf.
+inline void mask_row(const RowState& st, const ScoreTile& t, int64_t r, float* s, int nv) {
+  int lo = 0, hi = t.n;
+  if (t.masked) {
+    lo = st.lo[r] > t.key ? static_cast<int>(st.lo[r] - t.key) : 0;
+    hi = st.hi[r] - t.key < t.n ? static_cast<int>(st.hi[r] - t.key) : t.n;
+  }
+  for (int j = 0; j < lo && j < nv * W; j += W) vstore(s + j, vkeep(vload(s + j), lo - j, hi - j, kNegInf));
+  for (int j = hi > 0 ? hi / W * W : 0; j < nv * W; j += W) vstore(s + j, vkeep(vload(s + j), lo - j, hi - j, kNegInf));
+}
+
+// The largest of each of W rows of W numbers.
+inline void largest_of_rows(const float* rows, int count, float* largest) {
+  if (count < 4) {
+    for (int i = 0; i < count; ++i) largest[i] = vhmax(vload(rows + i * W));
+    return;
+  }
+  vf x[W];
+  FASTOPS_UNROLL
+  for (int i = 0; i < W; ++i) x[i] = vload(rows + i * W);
+  vtranspose(x);
+  FASTOPS_UNROLL
+  for (int half = W / 2; half > 0; half /= 2) FASTOPS_UNROLL
+  for (int i = 0; i < half; ++i) x[i] = vmax(x[i], x[i + half]);
+  vstore(largest, x[0]);
+}
+
+// The maximum of row r is now `top`: what it has summed up counts less.
+inline void rescale_row(RowState& st, int64_t r, float top, float c) {
+  const float m = st.m[r];
+  st.m[r] = top;
+  if (m == kNegInf) return;
+  const vf alpha = vexp2<6>(vset((m - top) * c));
+  for (int64_t d = 0; d < st.ldo; d += W) vstore(st.o + r * st.ldo + d, vmul(alpha, vload(st.o + r * st.ldo + d)));
+  vstore(st.l + r * kPad, vmul(alpha, vload(st.l + r * kPad)));
+}
+
+// Turns the scores of rows [r0, r0 + rows) into probabilities 2^(c (s - m)), updating m, l and (rarely) o; W rows at a
+// time, so that their maxima do not wait for each other. kParts: of bf16 that a probability becomes, 0 where it stays
+// fp32. kGeneral: scores get modifiers first, and subtract before scaling so that huge negative biases stay finite.
 template <bool kGeneral, int kExpDegree, int kParts>
 void softmax_rows(const AttentionParams& p, const AttentionItem& it, int64_t hkv, const Sequence& seq, RowState& st,
                   int64_t r0, int rows, ScoreTile& t) {
   const float c = kGeneral ? kLog2e : p.scale * kLog2e;  // > 0: other scales take the general way
-  const int nv = (t.n + W - 1) / W;
-  for (int i = 0; i < rows; ++i) {
-    const int64_t r = r0 + i;
-    float* s = t.s + i * t.lds;
-    if constexpr (kGeneral) modify_row(p, it.b, hkv, seq, it.row0 + r, s, t.key, t.n);
-    int lo = 0, hi = t.n;
-    if (t.masked) {
-      lo = st.lo[r] > t.key ? static_cast<int>(st.lo[r] - t.key) : 0;
-      hi = st.hi[r] - t.key < t.n ? static_cast<int>(st.hi[r] - t.key) : t.n;
+  const vf cv = vset(c);
+  int nv = (t.n + W - 1) / W;
+  if (kParts > 0 && (nv + 1) * W <= t.lds) nv += nv % 2;  // pairs of vectors are stored together
+  alignas(64) float tops[W * W], largest[W];
+  for (int i0 = 0; i0 < rows; i0 += W) {
+    const int count = rows - i0 < W ? rows - i0 : W;
+    for (int i = 0; i < count; ++i) {
+      const int64_t r = r0 + i0 + i;
+      float* s = t.s + (i0 + i) * t.lds;
+      if constexpr (kGeneral) modify_row(p, it.b, hkv, seq, it.row0 + r, s, t.key, t.n);
+      if (t.masked || t.n < nv * W) mask_row(st, t, r, s, nv);
+      vf top = vload(s);
+      for (int j = 1; j < nv; ++j) top = vmax(top, vload(s + j * W));
+      vstore(tops + i * W, top);
     }
-    // Lanes no key stands behind, and keys this row does not see, count as -inf.
-    if (lo > 0 || hi < nv * W) {
-      for (int j = 0; j < nv * W; j += W)
-        if (j < lo || j + W > hi) vstore(s + j, vkeep(vload(s + j), lo - j, hi - j, kNegInf));
+    largest_of_rows(tops, count, largest);
+    for (int i = 0; i < count; ++i) {
+      const int64_t r = r0 + i0 + i;
+      const float m = st.m[r], x = largest[i];
+      if (!(x <= m) & !((x - m) * c <= kRescaleLog2)) rescale_row(st, r, x, c);  // larger by far, or NaN
     }
-    vf top = vload(s);
-    for (int j = 1; j < nv; ++j) top = vmax(top, vload(s + j * W));
-    const float tile_max = vhmax(top), m_old = st.m[r];
-    if (!(tile_max <= m_old)) {  // larger, or NaN
-      if (!((tile_max - m_old) * c <= kRescaleLog2)) {
-        if (m_old != kNegInf) {
-          const vf alpha = vexp2<6>(vset((m_old - tile_max) * c));
-          for (int64_t d = 0; d < st.ldo; d += W)
-            vstore(st.o + r * st.ldo + d, vmul(alpha, vload(st.o + r * st.ldo + d)));
-          vstore(st.l + r * kPad, vmul(alpha, vload(st.l + r * kPad)));
-        }
-        st.m[r] = tile_max;
-      }
-    }
-    const float m = st.m[r] == kNegInf ? 0.0f : st.m[r];  // nothing seen yet: all scores are -inf
-    const vf cv = vset(c), mv = vset(m), mc = vset(-m * c);
-    vf sum = vload(st.l + r * kPad);
-    const auto probability = [&](int j) FASTOPS_LAMBDA {
-      const vf x = vload(s + j * W);
-      return vexp2<kExpDegree>(kGeneral ? vmul(vsub(x, mv), cv) : vfma(x, cv, mc));
-    };
-    int j = 0;
+    for (int i = 0; i < count; ++i) {
+      const int64_t r = r0 + i0 + i;
+      float* s = t.s + (i0 + i) * t.lds;
+      const float m = st.m[r] == kNegInf ? 0.0f : st.m[r];  // nothing seen yet: all scores are -inf
+      const vf mv = vset(m), mc = vset(-m * c);
+      vf sum = vload(st.l + r * kPad);
+      const auto probability = [&](int j) FASTOPS_LAMBDA {
+        const vf x = vload(s + j * W);
+        return vexp2<kExpDegree>(kGeneral ? vmul(vsub(x, mv), cv) : vfma(x, cv, mc));
+      };
+      int j = 0;
 #if defined(FASTOPS_HAS_BF16_DOT)
-    if constexpr (kParts > 0) {
-      for (; j + 2 <= nv; j += 2) {
-        const vf a = probability(j), b = probability(j + 1);
-        sum = vadd(sum, vadd(a, b));
-        store_parts<kParts>(t, i, j * W, a, b);
+      if constexpr (kParts > 0) {
+        for (; j + 2 <= nv; j += 2) {
+          const vf a = probability(j), b = probability(j + 1);
+          sum = vadd(sum, vadd(a, b));
+          store_parts<kParts>(t, i0 + i, j * W, a, b);
+        }
+        if (j < nv) {
+          const vf e = probability(j++);
+          sum = vadd(sum, e);
+          _mm256_storeu_si256(
+              reinterpret_cast<__m256i*>(reinterpret_cast<bf16*>(t.p16 + (i0 + i) * t.ldp) + nv * W - W),
+              (__m256i)_mm512_cvtneps_pbh(e));
+        }
       }
-      if (j < nv) {
-        const vf e = probability(j);
-        sum = vadd(sum, e);
-        if ((j + 2) * W <= t.lds)
-          store_parts<kParts>(t, i, j * W, e, vzero());
-        else
-          _mm256_storeu_si256(reinterpret_cast<__m256i*>(reinterpret_cast<bf16*>(t.p16 + i * t.ldp) + j * W),
-                              (__m256i)_mm512_cvtneps_pbh(e));
-      }
-    }
 #endif
-    if constexpr (kParts == 0)
       for (; j < nv; ++j) {
         const vf e = probability(j);
         sum = vadd(sum, e);
         vstore(s + j * W, e);
       }
-    vstore(st.l + r * kPad, sum);
+      vstore(st.l + r * kPad, sum);
+    }
   }
 }
 

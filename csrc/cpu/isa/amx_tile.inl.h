@@ -178,15 +178,20 @@ struct TileCount {
   static constexpr int value = n;
 };
 
-// As gemm. K is a multiple of 16 units, N of 16 columns.
-template <class Dot, int kA = 1, int kB = 1, bool kAll = false>
+struct NoStep {
+  void operator()() const {}
+};
+
+// As gemm. K is a multiple of 16 units, N of 16 columns. `step` is called before each block.
+template <class Dot, int kA = 1, int kB = 1, bool kAll = false, class Step = NoStep>
 void tile_gemm(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int M, int N, int K,
-               bool add, Parts parts = Parts()) {
+               bool add, Parts parts = Parts(), const Step& step = Step()) {
   static_assert((kB == 1 || kA == kB) && (!kAll || kA == 2), "the order of products");
   for (int i = 0; i < M; i += 32) {
     const float* rows = a + i * lda;
     float* to = c + i * ldc;
     for (int j = 0; j < N; j += 32) {
+      step();
       const auto block = [&](auto mt, auto nt) FASTOPS_LAMBDA {
         tile_block<Dot, decltype(mt)::value, decltype(nt)::value, kA, kB, kAll>(rows, lda, b + j, ldb, to + j, ldc, K,
                                                                                 add, parts);

@@ -36,13 +36,13 @@ FASTOPS_INLINE vf vadd_squares2(vf sum, const T* p) {
 constexpr float kLog2e = 1.44269504088896341f;
 constexpr float kLn2 = 0.693147180559945309f;
 
-// 2^x for x <= 127; x below -150 (and -inf) gives exactly 0, in some variants x below -126.5 does; NaN gives NaN.
+// 2^x for x <= 127; x below -126 (in some variants -126.5) gives exactly 0, as -inf does; NaN gives NaN.
 // Range reduction x = n + f, |f| <= 1/2 and a minimax polynomial for 2^f (the software exp of FlashAttention-4, section
 // 3.2 there, in the degree each caller's rounding hides). Relative error: degree 3 8.1e-5, 4 2.8e-6, 6 2.0e-9.
 template <int kDegree>
 FASTOPS_INLINE vf vexp2(vf x) {
   static_assert(kDegree == 3 || kDegree == 4 || kDegree == 6, "no coefficients for this degree");
-  x = vmax(vset(kLdexpZero), x);  // second operand: a NaN passes through
+  if (kLdexpLeast != 0.0f) x = vmax(vset(kLdexpLeast), x);  // second operand: a NaN passes through
   const vf n = vround(x);
   const vf f = vsub(x, n);
   vf p;
@@ -63,7 +63,7 @@ FASTOPS_INLINE vf vexp2(vf x) {
     p = vfma(p, f, vset(0.693147206703f));
     p = vfma(p, f, vset(1.0f));
   }
-  return vldexp(p, n);
+  return vldexp(p, n, x);
 }
 
 // tanh(x) = 1 - 2 / (exp(2x) + 1), and x - x^3/3 + 2x^5/15 - 17x^7/315 near 0 where that would cancel.

@@ -86,9 +86,9 @@ FASTOPS_INLINE vf vmax(vf a, vf b) { return _mm256_max_ps(a, b); }
 FASTOPS_INLINE vf vmin(vf a, vf b) { return _mm256_min_ps(a, b); }
 FASTOPS_INLINE vf vabs(vf a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
 FASTOPS_INLINE vf vround(vf x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-constexpr float kLdexpZero = -127.0f;  // here vldexp gives 0; further down it is wrong
+constexpr float kLdexpLeast = -127.0f;  // here vldexp gives 0; further down it is wrong
 constexpr bool kLdexpInfinite = false;
-FASTOPS_INLINE vf vldexp(vf p, vf n) {
+FASTOPS_INLINE vf vldexp(vf p, vf n, vf) {
   const __m256i e = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
   return _mm256_mul_ps(p, _mm256_castsi256_ps(e));
 }

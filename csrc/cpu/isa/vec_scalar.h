@@ -55,9 +55,9 @@ FASTOPS_INLINE vf vround(vf x) {
   const vf magic = vset(12582912.0f);
   return (x + magic) - magic;
 }
-constexpr float kLdexpZero = -127.0f;  // here vldexp gives 0; further down it is wrong
+constexpr float kLdexpLeast = -127.0f;  // here vldexp gives 0; further down it is wrong
 constexpr bool kLdexpInfinite = false;
-FASTOPS_INLINE vf vldexp(vf p, vf n) {
+FASTOPS_INLINE vf vldexp(vf p, vf n, vf) {
   const vi e = (__builtin_convertvector(n, vi) + 127) << 23;
   vf scale;
   std::memcpy(&scale, &e, sizeof(e));
