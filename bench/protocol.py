@@ -88,6 +88,24 @@ def copies_for(case_bytes: float, kind: str) -> int:
     return max(2, min(want, 512, int((2 << 30) / max(case_bytes, 1)) or 1))
 
 
+def memory_left() -> int:
+    """Bytes this machine can still give away; where it does not say, more than any case takes."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return 1 << 50
+
+
+def input_sets(make: Callable[[], Any], case_bytes: float, kind: str) -> list[Any]:
+    """As many input sets as copies_for says, or as half of the memory holds: a set has its rivals' inputs, too, and the
+    last-level cache of a server (which a virtual machine may not have to itself) can be half a GiB."""
+    least, sets = memory_left() // 2, [make()]
+    while len(sets) < copies_for(case_bytes, kind) and (len(sets) < 2 or memory_left() > least):
+        sets.append(make())
+    return sets
+
+
 def measure(
     candidates: dict[str, Callable[[Any], Any]],
     inputs: list[Any],

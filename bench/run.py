@@ -19,7 +19,7 @@ from .bars import BARS
 from .case import DTYPES, Case
 from .ceilings import Ceilings
 from .machine import describe
-from .protocol import BOUND_BY_MEMORY, NOISE_FLOOR, Ratio, Timing, copies_for, measure, ratio
+from .protocol import BOUND_BY_MEMORY, NOISE_FLOOR, Ratio, Timing, input_sets, measure, ratio
 from .shapes import named
 
 ALWAYS = {"attention_paged": ("dense", "bf16")}  # rivals that are measured unasked; "copy" everywhere
@@ -159,14 +159,13 @@ def run_cases(cases: list[Case], args: argparse.Namespace, ceilings: Ceilings) -
             rivals = [r for r in split(args.compare) if r in case.run]
             rivals += [r for r in ALWAYS.get(case.op, ("copy",)) if r in case.run and r not in rivals]
             torch.manual_seed(0)
-            first = case.make()
-            inputs = [first, *(case.make() for _ in range(copies_for(case.bytes, case.kind) - 1))]
+            inputs = input_sets(case.make, case.bytes, case.kind)
             ways = candidates(case, split(args.impl), split(args.isa), rivals)
-            leave_out_broken(ways, rivals, first)
+            leave_out_broken(ways, rivals, inputs[0])
             if case.kind in BOUND_BY_MEMORY:
                 ways[MEMORY], size = ceilings.reader() if case.kind == "memory" else ceilings.copier()
             timings = measure(ways, inputs, args.time, bar.share)
-            del inputs, first
+            del inputs
             ceilings.measure(quick)
             ceiling: tuple[float, ...] = (ceilings.flops,) if case.kind == "compute" else ()
             if case.kind in BOUND_BY_MEMORY:

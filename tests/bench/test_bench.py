@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from fastops.bench import ops, run
+from fastops.bench import ops, protocol, run
 from fastops.bench.bars import Bar
 from fastops.bench.case import DTYPES, Case
 from fastops.bench.ceilings import Ceilings
@@ -58,6 +58,17 @@ def test_memory_cases_rotate_over_more_than_the_cache():
     assert copies_for(size, "memory") * size >= min(4 * last_level_cache(), 64 * size)
     assert copies_for(size, "compute") == 1
     assert copies_for(1e12, "memory") == 2
+
+
+def test_input_sets_fit_the_memory(monkeypatch):
+    left = iter([100, 80, 60, 49, 0])
+    monkeypatch.setattr(protocol, "memory_left", lambda: next(left))
+    assert protocol.input_sets(lambda: 1, 1e3, "memory") == [1] * 4  # the second is made whatever is left
+    monkeypatch.setattr(protocol, "memory_left", lambda: 0)
+    assert protocol.input_sets(lambda: 1, 1e3, "memory") == [1] * 2
+    assert protocol.input_sets(lambda: 1, 1e3, "compute") == [1]
+    monkeypatch.undo()
+    assert 0 < protocol.memory_left() < 1 << 50
 
 
 def result(samples, kind="compute", tag="t", rivals=(), ceiling=(1e9,), dtype="fp32"):
