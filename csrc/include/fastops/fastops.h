@@ -161,8 +161,9 @@ typedef struct fastops_attention_desc {
 } fastops_attention_desc;
 
 FASTOPS_API fastops_status fastops_attention_check(const fastops_attention_desc* desc, char* message);
-/* Bytes of scratch for env->num_threads threads: at most 5/8 MiB each, and for the pieces of cut sequences 1/8 MiB for
- * each core that plans are made for (3/8 at least); together at most 1 MiB a thread where every core has one. */
+/* Bytes of scratch for env->num_threads threads: at most 3/4 MiB each (7/8 for quantised pages), and for the pieces of
+ * cut sequences 1/8 MiB for each core that plans are made for (3/8 at least); together at most 1 MiB a thread where
+ * every core has one. */
 FASTOPS_API fastops_status fastops_attention_workspace(const fastops_attention_desc* desc, const fastops_env* env,
                                                        size_t* bytes);
 FASTOPS_API fastops_status fastops_attention_fwd(const fastops_attention_desc* desc, fastops_env* env);
