@@ -138,3 +138,23 @@ def test_numbers_of_any_size(isa, size):
     scale = 0.5 / (q.abs().max() * k.abs().max()).item()
     whole = fastops.attention(q.double(), k.double(), v.double(), scale=scale)
     torch.testing.assert_close(fastops.attention(q, k, v, scale=scale).double(), whole, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("bits", [-1, 0x7FFFFFFF, 0x7F800001])
+def test_a_nan_of_any_bits_is_one(isa, dtype, bits):
+    """GPUs write NaNs with all bits set, which rounding by an addition turns into zeros."""
+    for at in range(3):
+        tensors = many(dtype)
+        if dtype == torch.float32:
+            tensors[at].view(torch.int32)[0, 30, 1, 5] = bits
+        else:
+            tensors[at].view(torch.int16)[0, 30, 1, 5] = -1 if bits == -1 else 0x7FFF if bits == 0x7FFFFFFF else 0x7C01
+        hit = torch.isnan(fastops.attention(*tensors)[0])
+        if at == 0:
+            assert hit[30, 1].all()
+        elif at == 1:
+            assert hit[:, 2:].all()
+        else:
+            assert hit[:, 2:, 5].all()
+        assert hit.sum() == (64, 70 * 2 * 64, 70 * 2)[at]

@@ -32,13 +32,15 @@ struct PackedTiles : Packed<T> {
   }
   bool sound() const { return kParts == 1 || vhmax(largest) < kTooLarge; }
 
-  // The parts of x, in the upper halves of lanes.
+  // The parts of x, in the upper halves of lanes. Nothing is left to round in the last one, and a NaN with all bits
+  // set, which rounds to -0, stays one there.
   static FASTOPS_INLINE void split(vf x, vf (&part)[kParts]) {
     FASTOPS_UNROLL
-    for (int i = 0; i < kParts; ++i) {
+    for (int i = 0; i + 1 < kParts; ++i) {
       part[i] = vround_bf16(x);
       x = vsub(x, part[i]);
     }
+    part[kParts - 1] = x;
   }
   // One vector of 32-bit units for each part: a in the lower half of a lane, b in the upper one.
   static FASTOPS_INLINE void store_parts(vf a, vf b, float* to, int64_t step) {
