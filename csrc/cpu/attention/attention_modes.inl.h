@@ -195,7 +195,7 @@ struct Packed {
   }
 
   // V -> [keys][VP] fp32, or [keys / 2][VP] pairs of bf16 (keys 2i and 2i+1).
-  void pack_v(int n, int next, int units) {
+  void pack_v([[maybe_unused]] int n, int next, int units) {
     constexpr int kKeys = kDot16<T> ? 2 : 1;
     vf poison = vzero();
     for (int u = 0; u < units; ++u) {
