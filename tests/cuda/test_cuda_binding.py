@@ -129,8 +129,9 @@ def test_the_mode_is_the_threads_own_and_ends():
         torch.ops.fastops.silu_and_mul(x)
         inside = variant()
     elsewhere()
-    assert seen[0] == seen[1]
-    assert seen[0] in _ops.control.isa_names()
+    active = _ops.control.isa_active()
+    served = "avx512_bf16" if active.startswith("amx") else active  # silu_and_mul has no tile code
+    assert seen == [served] * 2
     assert inside not in _ops.control.isa_names()
 
 

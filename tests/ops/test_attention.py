@@ -110,9 +110,10 @@ def test_few_rows_of_many_heads(isa, dtype, rows, hkv, d, dv):
         v[0, -1] = float("nan")
         clean, broken = v.nan_to_num(0.0), fastops.attention(q, k, v, causal=True)
         assert broken[0, -1].isnan().all()
-        atol = 2e-3 if dtype == torch.bfloat16 else 1e-5  # the way round a NaN may round differently
+        # AMX computes an item with a NaN once more in another way, whose probabilities are not rounded to bf16.
+        rounded = {"atol": 2e-3, "rtol": 2e-2} if "amx" in isa and dtype == torch.bfloat16 else {}
         whole = fastops.attention(q, k, clean, causal=True)
-        torch.testing.assert_close(broken[0, :-1], whole[0, :-1], atol=atol, rtol=2e-2 if atol > 1e-4 else 1e-5)
+        torch.testing.assert_close(broken[0, :-1], whole[0, :-1], **rounded)
 
 
 def test_alibi_slopes_per_batch(isa):

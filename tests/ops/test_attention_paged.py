@@ -32,6 +32,16 @@ def paged(lens, queries, page, hkv=2, group=2, d=64, dtype=torch.float32, spare=
     return q, *caches, table, torch.tensor(lens, dtype=torch.int32), cu
 
 
+def check_pages(args, options):
+    """Against the reference, at double precision and at the same one."""
+    out, lse = fastops.attention_paged(*args, return_lse=True, **options)
+    q, k, v, *index = args
+    exact, exact_lse = attend(q.double(), k.double(), v.double(), *index, **options)
+    same, same_lse = attend(*args, **options)
+    assert_matches(out, exact, same, factor=4, what=f"{options}")
+    assert_matches(lse, exact_lse, same_lse, factor=4, what=f"lse {options}")
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("page", [1, 4, 16, 256])
 @pytest.mark.parametrize(
@@ -41,12 +51,7 @@ def paged(lens, queries, page, hkv=2, group=2, d=64, dtype=torch.float32, spare=
 def test_matches_gathered_pages(isa, dtype, page, lens, queries):
     args = paged(lens, queries, page, dtype=dtype)
     for options in ({"causal": True}, {"causal": True, "window": (40, -1), "sinks": torch.randn(4)}, {"softcap": 9.0}):
-        out, lse = fastops.attention_paged(*args, return_lse=True, **options)
-        q, k, v, *index = args
-        exact, exact_lse = attend(q.double(), k.double(), v.double(), *index, **options)
-        same, same_lse = attend(*args, **options)
-        assert_matches(out, exact, same, factor=4, what=f"{options}")
-        assert_matches(lse, exact_lse, same_lse, factor=4, what=f"lse {options}")
+        check_pages(args, options)
 
 
 def test_equals_dense_decode():
