@@ -76,15 +76,15 @@ inline AttentionScratch attention_scratch(const AttentionParams& p, int rows) {
   s.k = take(DP * key_tile);
   s.v = take(static_cast<int64_t>(key_tile) * VP);
   s.s = take(kPackedRows * kMaxKeyTile);
-  s.p16 = take(kPackedRows * 96);
+  s.p16 = take(kPackedRows * packed_tile_keys(3) * 3 / 2);  // the most: three parts, in pairs
   s.m = take(R);
   s.l = take(R * kPad);
   s.lo = take(R);
   s.hi = take(R);
   s.rows = take(kDirectKeys * 2 * static_cast<int64_t>(sizeof(void*) / 4) * 2 + kMaxHeadDim);
   s.raw = take(quant ? kDecodedFloats : 0);
-  s.before = take(quant && R <= direct ? direct * (Dv + 1)
-                                       : 0);  // what an item's keys in pages gave, while the recent ones are seen
+  // What an item's keys in pages gave, while the recent ones are seen.
+  s.before = take(quant && R <= direct ? direct * (Dv + 1) : 0);
   s.total = at;
   return s;
 }

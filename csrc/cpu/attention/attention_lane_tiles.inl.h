@@ -119,7 +119,7 @@ struct LaneTiles : LaneRows<Direct<bf16>, false, true> {
               load<kA>(t, at[kAt], rows + kAt * kKeys, n - j - kAt * kKeys, offset);
               t.dot_bf16<kAt, kA, 6>();
             };
-            each_tile(one);
+            each_of<4>(one);
           }
         float* s = w.s + static_cast<int64_t>(j) * lanes + g * W;
         const int64_t step = lanes * 4, next_s = static_cast<int64_t>(kKeys) * lanes;
@@ -129,14 +129,6 @@ struct LaneTiles : LaneRows<Direct<bf16>, false, true> {
         if (count > 3) t.store<3>(s + 3 * next_s, step);
       }
     }
-  }
-  template <int v>
-  struct Number {
-    static constexpr int value = v;
-  };
-  template <class F>
-  static FASTOPS_INLINE void each_tile(const F& f) {
-    f(Number<0>{}), f(Number<1>{}), f(Number<2>{}), f(Number<3>{});
   }
 
   // Scores into probabilities, as softmax_rows has it, where they stand.
@@ -215,7 +207,7 @@ struct LaneTiles : LaneRows<Direct<bf16>, false, true> {
               load<kB>(t, at[b], w.vr + j + b * kKeys, n - j - b * kKeys, columns_at[kAt]);
               t.dot_bf16<kAt, 4, kB>();
             };
-            each_tile(one);
+            each_of<4>(one);
           }
           t.store<0>(sums, 64);
           if (count > 1) t.store<1>(sums + kTile, 64);

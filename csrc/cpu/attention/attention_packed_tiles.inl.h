@@ -17,9 +17,8 @@ struct PackedTiles : Packed<T> {
   static_assert(kKeys % 32 == 0 && kKeys <= kMaxKeyTile);
   int64_t k_part, v_part;  // units between parts
   vf largest = vzero();    // magnitude of q and K, NaNs apart
-  bool v_is_finite = true;
-  RowStream ahead;  // rows of the next tile, asked for while this one is multiplied
-  int lines = 0;    // of them, for each block of a product
+  RowStream ahead;         // rows of the next tile, asked for while this one is multiplied
+  int lines = 0;           // of them, for each block of a product
   static constexpr float kTooLarge = 0x1p127f;
   static int rows_at_once() { return kPackedRows; }
 
@@ -111,7 +110,7 @@ struct PackedTiles : Packed<T> {
         store_parts(x, y, dst + d, v_part);
       }
     }
-    v_is_finite = vall_finite(poison);
+    this->v_is_finite = vall_finite(poison);
   }
   static int value_units(int n) { return (n + 31) / 32 * 16; }
 
@@ -128,7 +127,6 @@ struct PackedTiles : Packed<T> {
     const int blocks = (w.rows + 31) / 32 * ((n + 31) / 32 + (w.Dv + 31) / 32);
     lines = static_cast<int>(next * (k_bytes + v_bytes) / 64 / blocks) + 1;
   }
-  bool v_finite(int n) const { return kParts == 1 ? Packed<T>::v_finite(n) : v_is_finite; }
   static constexpr bool kSeesV = kParts > 1;  // where it is not finite, all rows add it key by key
 
   void scores(int r0, int rows, int n) {

@@ -15,20 +15,6 @@ constexpr int kOrder[8] = {0, 4, 1, 5, 2, 6, 3, 7};
 
 enum class Mode { f32, bf16, int8 };
 
-template <int v>
-struct Index {
-  static constexpr int value = v;
-  constexpr operator int() const { return v; }
-};
-// f(Index<0>), ..., f(Index<N - 1>)
-template <int N, int i = 0, class F>
-FASTOPS_INLINE void each_of(const F& f) {
-  if constexpr (i < N) {
-    f(Index<i>{});
-    each_of<N, i + 1>(f);
-  }
-}
-
 // Vector v of a word, eight codes a lane. With 2:4 sparsity sixteen bits hold the four codes kept (less 8, the first
 // in the lowest ones), eight more their places in their four columns; what is not there has code 8, that is, weight 0.
 template <bool k24>
@@ -353,9 +339,9 @@ void expanded_panels(const Int4Params& p, int64_t panel0, int64_t panel_end, flo
           };
           for (int r = 0; r < rows; r += 32) {  // their products stay in L1
             const int n = rows - r < 32 ? rows - r : 32;
-            planes == 3   ? multiply(TileCount<3>(), a + r * lda, n)
-            : planes == 2 ? multiply(TileCount<2>(), a + r * lda, n)
-                          : multiply(TileCount<1>(), a + r * lda, n);
+            planes == 3   ? multiply(Index<3>(), a + r * lda, n)
+            : planes == 2 ? multiply(Index<2>(), a + r * lda, n)
+                          : multiply(Index<1>(), a + r * lda, n);
             add_group<mode>(p, panel, g, begins, r, n, columns, products, total + r * kInt4Panel);
           }
           continue;

@@ -173,11 +173,6 @@ FASTOPS_INLINE void tile_block(const float* a, int64_t lda, const float* b, int6
   if constexpr (MT == 2 && NT == 2) t.store<3>(c + 16 * ldc + 16, ldc * 4);
 }
 
-template <int n>
-struct TileCount {
-  static constexpr int value = n;
-};
-
 struct NoStep {
   void operator()() const {}
 };
@@ -196,8 +191,8 @@ void tile_gemm(const float* a, int64_t lda, const float* b, int64_t ldb, float* 
         tile_block<Dot, decltype(mt)::value, decltype(nt)::value, kA, kB, kAll>(rows, lda, b + j, ldb, to + j, ldc, K,
                                                                                 add, parts);
       };
-      using One = TileCount<1>;
-      using Two = TileCount<2>;
+      using One = Index<1>;
+      using Two = Index<2>;
       if (M - i > 16)
         N - j > 16 ? block(Two(), Two()) : block(Two(), One());
       else

@@ -3,6 +3,20 @@
 namespace fastops::cpu::FASTOPS_ISA {
 namespace {
 
+template <int v>
+struct Index {
+  static constexpr int value = v;
+  constexpr operator int() const { return v; }
+};
+// f(Index<0>), ..., f(Index<N - 1>)
+template <int N, int i = 0, class F>
+FASTOPS_INLINE void each_of(const F& f) {
+  if constexpr (i < N) {
+    f(Index<i>{});
+    each_of<N, i + 1>(f);
+  }
+}
+
 // 2 W elements.
 template <class T>
 FASTOPS_INLINE void vstore2(T* p, vf a, vf b) {
