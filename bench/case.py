@@ -15,6 +15,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Case:
     """``make()`` builds one set of inputs; ``run`` maps a candidate's name to a function of them.
 
+    ``again(inputs)`` makes another set out of one, where that takes less than ``make()``.
+
     ``kind`` says which ceiling binds: "compute" (flops against the best fp32 matmul), "memory" (bytes against the best
     large read; inputs rotate so that none is in cache) or "latency" (microseconds per call, hot).
     """
@@ -28,6 +30,7 @@ class Case:
     make: Callable[[], Any]
     run: dict[str, Callable[[Any], Any]]
     tags: frozenset[str] = field(default_factory=frozenset)
+    again: Callable[[Any], Any] | None = None
 
     @property
     def label(self) -> str:

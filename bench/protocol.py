@@ -97,12 +97,14 @@ def memory_left() -> int:
         return 1 << 50
 
 
-def input_sets(make: Callable[[], Any], case_bytes: float, kind: str) -> list[Any]:
+def input_sets(
+    make: Callable[[], Any], case_bytes: float, kind: str, again: Callable[[Any], Any] | None = None
+) -> list[Any]:
     """As many input sets as copies_for says, or as half of the memory holds: a set has its rivals' inputs, too, and the
     last-level cache of a server (which a virtual machine may not have to itself) can be half a GiB."""
     least, sets = memory_left() // 2, [make()]
     while len(sets) < copies_for(case_bytes, kind) and (len(sets) < 2 or memory_left() > least):
-        sets.append(make())
+        sets.append(again(sets[0]) if again else make())
     return sets
 
 
@@ -116,7 +118,8 @@ def measure(
     repeats: dict[str, int] = {}
     once: dict[str, float] = {}
     for name, fn in candidates.items():
-        fn(inputs[0])  # compiles, allocates
+        for x in inputs:
+            fn(x)  # compiles, allocates, packs
         start = time.perf_counter()
         fn(inputs[-1])
         once[name] = max(time.perf_counter() - start, 1e-7)

@@ -159,7 +159,7 @@ def run_cases(cases: list[Case], args: argparse.Namespace, ceilings: Ceilings) -
             rivals = [r for r in split(args.compare) if r in case.run]
             rivals += [r for r in ALWAYS.get(case.op, ("copy",)) if r in case.run and r not in rivals]
             torch.manual_seed(0)
-            inputs = input_sets(case.make, case.bytes, case.kind)
+            inputs = input_sets(case.make, case.bytes, case.kind, case.again)
             ways = candidates(case, split(args.impl), split(args.isa), rivals)
             leave_out_broken(ways, rivals, inputs[0])
             if case.kind in BOUND_BY_MEMORY:

@@ -35,7 +35,8 @@ inline int linear_workers(const fastops_env* env, int64_t N, int64_t K) {
   return env->num_threads;
 }
 
-// The best variant with code of its own, for operators that have scalar, AVX2, AVX-512 and AVX-512 BF16 code.
+// The best variant with code of its own, for operators that have scalar, AVX2, AVX-512 and AVX-512 BF16 code: that of
+// avx512 serves avx512_vnni, too.
 template <class Table>
 struct Variant {
   const Table& table;
@@ -44,7 +45,7 @@ struct Variant {
 #if defined(__x86_64__)
 #define FASTOPS_CHOOSE(Table, table)                                                                 \
   (active_isa() >= Isa::avx512_bf16 ? Variant<Table>{avx512_bf16::table, isa_name(Isa::avx512_bf16)} \
-   : active_isa() == Isa::avx512    ? Variant<Table>{avx512::table, isa_name(Isa::avx512)}           \
+   : active_isa() >= Isa::avx512    ? Variant<Table>{avx512::table, isa_name(Isa::avx512)}           \
    : active_isa() == Isa::avx2      ? Variant<Table>{avx2::table, isa_name(Isa::avx2)}               \
                                     : Variant<Table>{scalar::table, isa_name(Isa::scalar)})
 #define FASTOPS_DECLARE_TABLES(Table, table) \
@@ -60,21 +61,26 @@ struct Variant {
   namespace avx512_bf16 {                    \
   extern const Table table;                  \
   }
-// The same for operators that have AMX code, too.
-#define FASTOPS_CHOOSE_TILES(Table, table)                                                 \
-  (active_isa() == Isa::amx       ? Variant<Table>{amx::table, isa_name(Isa::amx)}         \
-   : active_isa() == Isa::amx_emu ? Variant<Table>{amx_emu::table, isa_name(Isa::amx_emu)} \
-                                  : FASTOPS_CHOOSE(Table, table))
-#define FASTOPS_DECLARE_TILE_TABLES(Table, table) \
-  namespace amx {                                 \
-  extern const Table table;                       \
-  }                                               \
-  namespace amx_emu {                             \
-  extern const Table table;                       \
+// The same for operators that have code for every variant.
+#define FASTOPS_CHOOSE_ANY(Table, table)                                                               \
+  (active_isa() == Isa::amx           ? Variant<Table>{amx::table, isa_name(Isa::amx)}                 \
+   : active_isa() == Isa::amx_emu     ? Variant<Table>{amx_emu::table, isa_name(Isa::amx_emu)}         \
+   : active_isa() == Isa::avx512_vnni ? Variant<Table>{avx512_vnni::table, isa_name(Isa::avx512_vnni)} \
+                                      : FASTOPS_CHOOSE(Table, table))
+#define FASTOPS_DECLARE_ANY_TABLES(Table, table) \
+  FASTOPS_DECLARE_TABLES(Table, table)           \
+  namespace avx512_vnni {                        \
+  extern const Table table;                      \
+  }                                              \
+  namespace amx {                                \
+  extern const Table table;                      \
+  }                                              \
+  namespace amx_emu {                            \
+  extern const Table table;                      \
   }
 #else
-#define FASTOPS_CHOOSE_TILES(Table, table) FASTOPS_CHOOSE(Table, table)
-#define FASTOPS_DECLARE_TILE_TABLES(Table, table)
+#define FASTOPS_CHOOSE_ANY(Table, table) FASTOPS_CHOOSE(Table, table)
+#define FASTOPS_DECLARE_ANY_TABLES(Table, table) FASTOPS_DECLARE_TABLES(Table, table)
 #define FASTOPS_CHOOSE(Table, table) (Variant<Table>{scalar::table, isa_name(Isa::scalar)})
 #define FASTOPS_DECLARE_TABLES(Table, table) \
   namespace scalar {                         \

@@ -14,23 +14,22 @@ from fastops.bench.run import Result
 from fastops.bench.shapes import named
 
 
-def busy(seconds):
-    def wait(_):
-        end = time.perf_counter() + seconds
-        while time.perf_counter() < end:
-            pass
+def test_measure_finds_a_known_ratio(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(protocol.time, "perf_counter", lambda: now[0])
 
-    return wait
+    def busy(seconds):
+        def wait(_):
+            now[0] += seconds
 
+        return wait
 
-def test_measure_finds_a_known_ratio():
     timings = measure({"a": busy(1e-3), "b": busy(2e-3)}, [None], 0.2)
     r = ratio(timings["a"], timings["b"])
-    assert r.low <= r.median <= r.high
-    assert 1.5 < r.median < 2.5
+    assert (r.low, r.median) == pytest.approx((2.0, 2.0))
     assert r.verdict == "faster"
     assert ratio(timings["b"], timings["a"]).verdict == "slower"
-    assert timings["a"].median >= 0.99e-3
+    assert timings["a"].median == pytest.approx(1e-3)
 
 
 @pytest.mark.parametrize(("pairs", "verdict"), [
@@ -67,8 +66,24 @@ def test_input_sets_fit_the_memory(monkeypatch):
     monkeypatch.setattr(protocol, "memory_left", lambda: 0)
     assert protocol.input_sets(lambda: 1, 1e3, "memory") == [1] * 2
     assert protocol.input_sets(lambda: 1, 1e3, "compute") == [1]
+    left = iter([100, 80, 60, 49, 0])
+    monkeypatch.setattr(protocol, "memory_left", lambda: next(left))
+    assert protocol.input_sets(lambda: 1, 1e3, "memory", lambda one: one + 1) == [1, 2, 2, 2]
     monkeypatch.undo()
     assert 0 < protocol.memory_left() < 1 << 50
+
+
+def test_every_candidate_sees_every_input_before_the_clock_starts(monkeypatch):
+    seen, at_first = [], []
+    clock = time.perf_counter
+
+    def read():
+        at_first.append(len(seen))
+        return clock()
+
+    monkeypatch.setattr(protocol.time, "perf_counter", read)
+    measure({"a": seen.append}, [1, 2, 3, 4], 0.01)
+    assert seen[: at_first[0]] == [1, 2, 3, 4]
 
 
 def result(samples, kind="compute", tag="t", rivals=(), ceiling=(1e9,), dtype="fp32"):

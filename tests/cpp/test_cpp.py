@@ -94,7 +94,7 @@ def test_no_library_code_is_compiled_for_an_instruction_set():
         pytest.skip(f"{BUILD} is missing: fastops was installed from a wheel")
     checked = 0
     for path in sorted(objects.glob("*/*.o")):
-        if not re.search(r"_(avx2|avx512|avx512_bf16|amx|amx_emu)\.cpp\.o$", path.name):
+        if not re.search(r"_(avx2|avx512|avx512_vnni|avx512_bf16|amx|amx_emu)\.cpp\.o$", path.name):
             continue
         checked += 1
         weak = [line for line in run("nm", "-C", path).splitlines() if re.match(r"\w* +[WVu] ", line)]

@@ -10,7 +10,7 @@ from fastops.ops.gated import GELU, GELU_TANH, SILU, reference
 from fastops.testing import assert_matches, guarded
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-SERVED_BY = {"amx": "avx512_bf16", "amx_emu": "avx512_bf16"}
+SERVED_BY = {"amx": "avx512_bf16", "amx_emu": "avx512_bf16", "avx512_vnni": "avx512"}
 KINDS = [SILU, GELU_TANH, GELU]
 
 

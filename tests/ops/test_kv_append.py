@@ -14,7 +14,7 @@ from fastops.ops.kv_append import reference
 from fastops.testing import guarded
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-SERVED_BY = {"amx": "avx512_bf16", "amx_emu": "avx512_bf16"}
+SERVED_BY = {"amx": "avx512_bf16", "amx_emu": "avx512_bf16", "avx512_vnni": "avx512"}
 
 
 def ints(*values):

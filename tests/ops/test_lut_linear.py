@@ -14,7 +14,7 @@ from fastops.int4 import pack_pairs, unpack_pairs
 from fastops.ops.lut_linear import reference
 from fastops.testing import assert_matches, guarded
 
-SERVED_BY = {"amx": "avx512_bf16", "amx_emu": "avx512_bf16"}
+SERVED_BY = {"amx": "avx512_bf16", "amx_emu": "avx512_bf16", "avx512_vnni": "avx512"}
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 

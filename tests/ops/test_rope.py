@@ -10,7 +10,7 @@ from fastops.ops.rope import _qk_reference, _rope_reference
 from fastops.testing import assert_matches, guarded
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-SERVED_BY = {"amx": "avx512_bf16", "amx_emu": "avx512_bf16"}
+SERVED_BY = {"amx": "avx512_bf16", "amx_emu": "avx512_bf16", "avx512_vnni": "avx512"}
 
 
 def table(places, half):

@@ -11,7 +11,7 @@ from fastops.testing import assert_matches, guarded
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # Instruction sets without code of their own here, and whose code serves them.
-SERVED_BY = {"avx512_bf16": "avx512", "amx": "avx512", "amx_emu": "avx512"}
+SERVED_BY = dict.fromkeys(("avx512_vnni", "avx512_bf16", "amx", "amx_emu"), "avx512")
 
 
 def check(x, y, alpha=0.7):

@@ -19,6 +19,8 @@ const AttentionTable& attention_table_for(Isa isa) {
       return amx::attention_table;
     case Isa::amx_emu:
       return amx_emu::attention_table;
+    case Isa::avx512_vnni:
+      return avx512_vnni::attention_table;
     case Isa::avx512_bf16:
       return avx512_bf16::attention_table;
     case Isa::avx512:

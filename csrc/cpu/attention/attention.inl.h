@@ -286,12 +286,9 @@ void run_codes(const AttentionParams& p, const AttentionItem& it, const Sequence
 }
 template <int kKind>
 void run_whole(const AttentionParams& p, const AttentionItem& it, const Sequence& s, float* scratch) {
-#if defined(FASTOPS_HAS_BF16_DOT)
   if (!is_general(p) && LaneCodes<kKind>::fits(p, it)) return run_codes<LaneCodes<kKind>, kKind>(p, it, s, scratch);
-#endif
   run_codes<Codes<kKind>, kKind>(p, it, s, scratch);
 }
-#if defined(FASTOPS_HAS_BF16_DOT)
 // KIVI: keys in pages, then those of the window.
 template <int kKind>
 bool run_groups(const AttentionParams& p, const AttentionItem& it, const Sequence& s, float* scratch) {
@@ -323,7 +320,6 @@ bool run_groups(const AttentionParams& p, const AttentionItem& it, const Sequenc
   return true;
 }
 #endif
-#endif
 
 void attention_item(const AttentionParams& p, const AttentionItem& it, float* scratch) {
   const Sequence s = sequence(p, it.b);
@@ -337,8 +333,6 @@ void attention_item(const AttentionParams& p, const AttentionItem& it, float* sc
       if (one_scale_a_key(p, it, kKvU8)) return run_whole<kKvU8>(p, it, s, scratch);
       if (one_scale_a_key(p, it, kKvU4)) return run_whole<kKvU4>(p, it, s, scratch);
     }
-#endif
-#if defined(FASTOPS_HAS_BF16_DOT)
     if (run_groups<kKvU2>(p, it, s, scratch) || run_groups<kKvU4>(p, it, s, scratch)) return;
     if (p.dtype == 3) {
       AttentionParams folded = p;
@@ -346,7 +340,9 @@ void attention_item(const AttentionParams& p, const AttentionItem& it, float* sc
       fold_scales(folded, item);
       if (codes_of_keys(folded, item, kKvF8) && !is_general(folded) && LaneCodes<kKvF8>::fits(folded, item))
         return run_codes<LaneCodes<kKvF8>, kKvF8>(folded, item, s, scratch);
+#if defined(FASTOPS_HAS_BF16_DOT)
       return run_mode<QuantSource<bf16>>(folded, item, s, scratch);
+#endif
     }
 #endif
     return run_mode<QuantSource<float>>(p, it, s, scratch);

@@ -7,7 +7,7 @@
 //
 // For scores the codes of four keys are turned, a quarter of each in a vector, so that four sums are left to add up
 // where a whole row in a vector leaves sixteen.
-#if defined(FASTOPS_HAS_BF16_DOT)
+#if defined(FASTOPS_HAS_VNNI)
 namespace fastops::cpu::FASTOPS_ISA {
 namespace {
 

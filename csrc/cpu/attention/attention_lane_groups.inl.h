@@ -4,7 +4,7 @@
 //   q k^T = (q ks) code + q km
 //   p v = (p vs) code + p vm
 // q ks is rounded once for a group of keys; a key has as many weights p vs as its value has groups of channels.
-#if defined(FASTOPS_HAS_BF16_DOT)
+#if defined(FASTOPS_HAS_VNNI)
 namespace fastops::cpu::FASTOPS_ISA {
 namespace {
 

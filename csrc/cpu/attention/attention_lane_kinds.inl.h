@@ -1,15 +1,23 @@
 // What codes of a quantised cache become in registers where a row of q stands in every lane
 // (attention_lane_codes.inl.h), and what multiplies them.
-#if defined(FASTOPS_HAS_BF16_DOT)
+#if defined(FASTOPS_HAS_VNNI)
 namespace fastops::cpu::FASTOPS_ISA {
 namespace {
 
-// Products of bf16.
+// Products of bf16, each pair's in fp32 where no instruction adds them.
 struct HalfProducts {
   static constexpr bool kIntegers = false;
   using Sum = vf;
   static FASTOPS_INLINE Sum none() { return vzero(); }
-  static FASTOPS_INLINE Sum add(Sum sum, vi a, vi b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+  static FASTOPS_INLINE Sum add(Sum sum, vi a, vi b) {
+#if defined(FASTOPS_HAS_BF16_DOT)
+    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+#else
+    return vfma(second(a), second(b), vfma(first(a), first(b), sum));
+#endif
+  }
+  static FASTOPS_INLINE vf first(vi pairs) { return vi_as_bits(_mm512_slli_epi32(pairs, 16)); }
+  static FASTOPS_INLINE vf second(vi pairs) { return vi_as_bits(vimask<0xffff0000u>(pairs)); }
   // Within each 128-bit lane: the sums of four vectors.
   static FASTOPS_INLINE vf sums_of_four(const Sum* x) {
     const vf a = vadd(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));

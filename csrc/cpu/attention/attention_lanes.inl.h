@@ -153,12 +153,12 @@ struct LaneRows : Base {
     return to;
   }
 
-#if defined(FASTOPS_HAS_BF16_DOT)
+#if defined(FASTOPS_HAS_VNNI)
   // Numbers of two keys as pairs of bf16.
   static FASTOPS_INLINE vi paired(vf a, vf b) {
     const __m512i even = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m512i order = _mm512_or_si512(even, _mm512_slli_epi32(_mm512_add_epi32(even, _mm512_set1_epi32(16)), 16));
-    return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+    return _mm512_permutexvar_epi16(order, vnarrow_bf16(a, b));
   }
 #endif
 };

@@ -320,7 +320,7 @@ extern "C" fastops_status fastops_int4_linear_workspace(const fastops_int4_linea
   const fastops_status status = check(*desc, &p, env ? env->message : nullptr);
   if (status == FASTOPS_OK)
     *bytes = static_cast<size_t>(
-        Layout(p, FASTOPS_CHOOSE_TILES(Int4Table, int4_table).table, linear_workers(env, p.N, p.K), parts_of(p)).total);
+        Layout(p, FASTOPS_CHOOSE_ANY(Int4Table, int4_table).table, linear_workers(env, p.N, p.K), parts_of(p)).total);
   return status;
 }
 
@@ -334,7 +334,7 @@ extern "C" fastops_status fastops_int4_linear(const fastops_int4_linear_desc* de
     set_message(env->message, "%s", refusal);
     return FASTOPS_ERR_UNSUPPORTED;
   }
-  const auto variant = FASTOPS_CHOOSE_TILES(Int4Table, int4_table);
+  const auto variant = FASTOPS_CHOOSE_ANY(Int4Table, int4_table);
   const int workers = linear_workers(env, p.N, p.K);
   const int64_t parts = parts_of(p);  // once: the number of cores may be set meanwhile
   const Layout at(p, variant.table, workers, parts);

@@ -73,7 +73,6 @@ inline int64_t int4_scratch(int64_t M, int64_t N) {
              : kInt4Units * kInt4Panel + (int4_product_rows(M) + int4_item_panels(M, N) * M) * kInt4Panel;
 }
 
-FASTOPS_DECLARE_TABLES(Int4Table, int4_table)
-FASTOPS_DECLARE_TILE_TABLES(Int4Table, int4_table)
+FASTOPS_DECLARE_ANY_TABLES(Int4Table, int4_table)
 
 }  // namespace fastops::cpu

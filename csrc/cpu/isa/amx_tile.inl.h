@@ -32,9 +32,9 @@ struct Tiles {
   void store(void* p, int64_t step) const {
     for (int r = 0; r < rows_of<I>(); ++r) std::memcpy(static_cast<char*>(p) + r * step, t[I][r], 64);
   }
+  static FASTOPS_INLINE vf upper(vi x) { return vi_as_bits(vimask<0xffff0000u>(x)); }
   template <int C, int A, int B>
   void dot_bf16() {
-    const auto upper = [](__m512i x) { return _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(-65536))); };
     for (int m = 0; m < rows; ++m) {
       __m512 even = _mm512_setzero_ps(), odd = even;
       for (int k = 0; k < 16; ++k) {

@@ -103,6 +103,9 @@ FASTOPS_INLINE vf vadd_squares2(vf sum, const bf16* p) {
   return _mm512_dpbf16_ps(sum, x, x);
 }
 #else
+FASTOPS_INLINE __m512i vnarrow_bf16(vf a, vf b) {
+  return _mm512_inserti64x4(_mm512_castsi256_si512(vnarrow_bf16(a)), vnarrow_bf16(b), 1);
+}
 FASTOPS_INLINE void vstream(bf16* p, vf a, vf b) { vstream_halves(p, vnarrow_bf16(a), vnarrow_bf16(b)); }
 #endif
 FASTOPS_INLINE void vstream_done() { _mm_sfence(); }
