@@ -16,7 +16,7 @@ FASTOPS_INLINE void stream_words(const uint8_t* codes, int64_t n, const char* co
     }
   }
   for (int64_t w = 0; w < n; ++w, codes += k24 ? kInt4Word24 : kInt4Word) {
-    vprefetch(codes + kInt4Ahead);  // blocks follow one another: the next one's codes, at the end of this
+    vprefetch_stream(codes);  // blocks follow one another: the next one's codes, at the end of this
     FASTOPS_UNROLL
     for (int v = 0; v < kNV16; ++v) {
       if constexpr (k24 && mode == Mode::f32) {  // half the products: each code meets the column it was kept for

@@ -3,6 +3,7 @@
 #define FASTOPS_ISA amx_emu
 #define FASTOPS_HAS_BF16_DOT 1
 #define FASTOPS_HAS_VNNI 1
+#define FASTOPS_IS_INTEL 1
 #define FASTOPS_HAS_AMX 1
 #define FASTOPS_AMX_EMULATE 1
 #pragma GCC push_options

@@ -202,6 +202,7 @@ FASTOPS_INLINE void vprefetch(const void* p) { __builtin_prefetch(p); }
 FASTOPS_INLINE void vprefetch_row(const void* p) { vprefetch(p); }
 FASTOPS_INLINE void vprefetch_here(const void* p) { vprefetch(p); }
 FASTOPS_INLINE void vprefetch_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
+FASTOPS_INLINE void vprefetch_stream(const uint8_t* p) { vprefetch(p + 4096); }
 FASTOPS_INLINE void vprefetch_to_write(const void* p) { __builtin_prefetch(p, 1); }
 
 }  // namespace
