@@ -28,7 +28,7 @@ const char* const kBestFirst[kCount + 1] = {"amx",  "avx512_bf16", "avx512_vnni"
 struct Features {
   bool has[kCount] = {true};
   bool permutes_bytes = false;
-  bool slow_pairs = false;  // products of pairs of bf16 take more time than those of as many fp32
+  bool intel = false;
 };
 
 uint64_t read_xcr0() {
@@ -74,7 +74,7 @@ Features detect() {
   char vendor[12];
   if (__get_cpuid(0, &a, &b, &c, &d)) {
     std::memcpy(vendor, &b, 4), std::memcpy(vendor + 4, &d, 4), std::memcpy(vendor + 8, &c, 4);
-    f.slow_pairs = std::memcmp(vendor, "GenuineIntel", sizeof vendor) == 0;
+    f.intel = std::memcmp(vendor, "GenuineIntel", sizeof vendor) == 0;
   }
   return f;
 }
@@ -95,7 +95,7 @@ int find(const char* name) {
 // (docs/design/002-isa.md).
 bool is_worthwhile(Isa isa) {
 #if defined(__x86_64__)
-  if (isa == Isa::avx512_bf16) return !features().slow_pairs;
+  if (isa == Isa::avx512_bf16) return !features().intel;
 #endif
   return isa != Isa::amx_emu;
 }
@@ -157,6 +157,14 @@ bool isa_supported(Isa isa) {
 bool isa_permutes_bytes() {
 #if defined(__x86_64__)
   return features().permutes_bytes;
+#else
+  return false;
+#endif
+}
+
+bool isa_reads_through_l2() {
+#if defined(__x86_64__)
+  return features().intel;
 #else
   return false;
 #endif

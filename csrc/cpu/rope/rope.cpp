@@ -57,6 +57,7 @@ extern "C" fastops_status fastops_rope(const fastops_rope_desc* desc, fastops_en
                         d.interleaved != 0,
                         elements(d.q) * esize >= kStreamBytes && d.q_out.data != d.q.data && !given(d.slots) &&
                             lines(d.q_out, q_out) && lines(d.k_out, k_out),
+                        isa_reads_through_l2(),
                         d.q.dtype};
   const int64_t work = (heads_of(d.q) + heads_of(d.k)) * dim, threads = env->num_threads > 1 ? env->num_threads : 1;
   const bool brief = is_brief(tokens * work, *env);

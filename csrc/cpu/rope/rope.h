@@ -30,7 +30,7 @@ struct RopeAngles {
 struct RopeShape {
   int64_t d, half;
   float eps;
-  bool interleaved, stream;
+  bool interleaved, stream, by_l2;
   int32_t dtype;
 };
 

@@ -128,15 +128,21 @@ FASTOPS_INLINE void rope_streamed(const RopeInput<T>& x, T* out, int64_t half, c
 constexpr int64_t kRopeLead = 24;
 
 // Asks for the head `i` places behind the first of these.
-FASTOPS_INLINE void rope_ask(const RopeHeads& h, int64_t i, int64_t bytes, bool write) {
+enum class RopeAsk { read, write, to_l2 };
+FASTOPS_INLINE void rope_ask(const RopeHeads& h, int64_t i, int64_t bytes, RopeAsk how) {
   const RopePlace* at = &h;
   for (int k = 0; i >= at->heads; ++k) {
     if (k == 2) return;
     i -= at->heads;
     at = &h.then[k];
   }
-  for (int64_t b = 0; b < bytes; b += 64) vprefetch(at->in + i * at->in_step + b);
-  if (write)
+  const char* in = at->in + i * at->in_step;
+  if (how == RopeAsk::to_l2) {
+    for (int64_t b = 0; b < bytes; b += 64) vprefetch_l2(in + b);
+    return;
+  }
+  for (int64_t b = 0; b < bytes; b += 64) vprefetch(in + b);
+  if (how == RopeAsk::write)
     for (int64_t b = 0; b < bytes; b += 64) vprefetch_to_write(at->out + i * at->out_step + b);
 }
 
@@ -215,8 +221,8 @@ void rope_heads_as(const RopeHeads& h, const RopeShape& shape, const float* cos,
     const T* in = reinterpret_cast<const T*>(h.in + head * h.in_step);
     T* out = reinterpret_cast<T*>(h.out + head * h.out_step);
     const float r = rstd[head % W];
-    rope_ask(h, head + lead, bytes, !stream);
-    if (!stream) rope_ask(h, head + lead / 2, bytes, true);
+    rope_ask(h, head + lead, bytes, !stream ? RopeAsk::write : shape.by_l2 ? RopeAsk::to_l2 : RopeAsk::read);
+    if (!stream) rope_ask(h, head + lead / 2, bytes, RopeAsk::write);
     if (stream)
       rope_streamed<T, kNorm>(RopeInput<T>{in, h.weight, vset(r)}, out, shape.half, cos, sin);
     else if (whole)
