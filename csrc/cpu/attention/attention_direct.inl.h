@@ -45,8 +45,8 @@ struct RowStream {
     return true;
   }
   // A processor drops a prefetch that finds its queue of misses full. So each line is asked for once more, as many rows
-  // later as kAgain bytes are, while there is still time. (Not Intel's, which is what has AMX.)
-#if defined(FASTOPS_HAS_AMX)
+  // later as kAgain bytes are, while there is still time. (Not Intel's.)
+#if defined(FASTOPS_IS_INTEL)
   static constexpr int64_t kAgain = 0;
 #else
   static constexpr int64_t kAgain = 2 << 10;
