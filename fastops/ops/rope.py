@@ -55,7 +55,7 @@ def _rope_reference(
 def _into(out: Any, q: Tensor, k: Tensor | None) -> tuple[Tensor, Tensor | None]:
     if out is None:
         return q, k
-    return out[0].copy_(q), None if k is None else out[1].copy_(k)
+    return out[0].copy_(q), None if k is None or out[1] is None else out[1].copy_(k)
 
 
 def _normed(x: Tensor, weight: Tensor | None, eps: float, offset: float) -> Tensor:
@@ -89,7 +89,15 @@ def _qk_reference(
 
 
 def _check(
-    op: str, q: Any, k: Any, cos: Any, sin: Any, positions: Any, out: Any, weights: tuple[Any, Any] = (None, None)
+    op: str,
+    q: Any,
+    k: Any,
+    cos: Any,
+    sin: Any,
+    positions: Any,
+    out: Any,
+    weights: tuple[Any, Any] = (None, None),
+    cached: bool = False,
 ) -> None:
     common.require_float(op, "q", q)
     if q.dim() not in (3, 4):
@@ -144,7 +152,7 @@ def _check(
         if len(out) != 2:
             raise ValueError(f"{op}: out must be (q_out, k_out)")
         common.require_like(op, "out[0]", out[0], q, "q")
-        if k is not None:
+        if k is not None and not (cached and out[1] is None):
             common.require_like(op, "out[1]", out[1], k, "k")
 
 
@@ -260,7 +268,9 @@ def _qk_cpp(
         return q_new, None if k is None else k_new
     direct = out is None or all(t is None or common.dense_rows(t) is t for t in out)
     q_out = torch.empty_like(q) if out is None or not direct else out[0]
-    k_out = None if k is None else (torch.empty_like(k) if out is None or not direct else out[1])
+    k_out = None
+    if k is not None and (out is None or out[1] is not None):
+        k_out = torch.empty_like(k) if out is None or not direct else out[1]
     _ops.ops.qk_norm_rope_out(
         rows, more, qw, kw, c, s, positions=positions, v=None if v is None else common.dense_rows(v), slots=slots,
         q_out=q_out, k_out=k_out, k_cache=k_cache, v_cache=v_cache, **options,
@@ -300,7 +310,7 @@ def _qk_validate(
     v_cache: Any = None, slots: Any = None, out: Any = None,
 ) -> None:  # fmt: skip
     op = "qk_norm_rope"
-    _check(op, q, k, cos, sin, positions, out, (q_weight, k_weight))
+    _check(op, q, k, cos, sin, positions, out, (q_weight, k_weight), cached=slots is not None)
     if not eps >= 0.0:
         raise ValueError(f"{op}: eps is {eps}, must not be negative")
     _check_cache(op, q, k, v, k_cache, v_cache, slots)
@@ -398,7 +408,8 @@ def qk_norm_rope(
     """RMS norm of each head of q and k (Qwen3, Gemma 3), then `apply_rope`, in one pass; and into a paged cache.
 
     Args:
-        q, k, cos, sin, interleaved, positions, out: as in `apply_rope`.
+        q, k, cos, sin, interleaved, positions, out: as in `apply_rope`; with slots k_out may be None: k goes into the
+            cache alone.
         q_weight, k_weight: [D] or None for no norm at all. weight_offset, eps: as in `rms_norm`.
         slots: int64 [B*S] or [T]: token t's k is written to k_cache.view(-1, Hkv, D)[slots[t]] (page = slot // page
             size), v to v_cache; negative: nowhere. Slots must differ from one another. Not differentiable.

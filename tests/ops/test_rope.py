@@ -57,6 +57,34 @@ def test_positions(isa, kind):
     assert torch.equal(got[0], fastops.apply_rope(q[0], None, cos[:10:2].contiguous(), sin[:10:2].contiguous())[0])
 
 
+@pytest.mark.parametrize("strided", [False, True])
+def test_k_into_the_cache_alone(strided):
+    """out=(q_out, None), by the direct call, by torch's dispatcher (which a profiler brings in) and by the reference."""
+    q, k, w = torch.randn(5, 4, 16), torch.randn(5, 2, 16), torch.randn(16)
+    table_of = table(5, 8)
+    found = []
+
+    def run():
+        cache, v_cache = torch.zeros(2, 4, 2, 16), torch.zeros(2, 4, 2, 16)
+        q_out = torch.zeros(5, 4, 32)[..., ::2] if strided else torch.zeros(5, 4, 16)
+        got = fastops.qk_norm_rope(
+            q, k, w, w, *table_of, v=k, k_cache=cache, v_cache=v_cache, slots=torch.arange(5), out=(q_out, None)
+        )
+        assert got[0] is q_out
+        assert got[1] is None
+        found.append((q_out, cache, v_cache))
+
+    run()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        run()
+    with fastops.override(qk_norm_rope="reference"):
+        run()
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0])
+    with pytest.raises(TypeError, match=r"out\[1\] must be a tensor, got NoneType"):
+        fastops.qk_norm_rope(q, k, w, w, *table_of, out=(torch.empty_like(q), None))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 @pytest.mark.parametrize("interleaved", [False, True])
