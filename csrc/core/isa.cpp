@@ -24,13 +24,15 @@ const char* const kNames[kCount] = {"scalar", "avx2", "avx512", "avx512_vnni", "
 const char* const kBestFirst[kCount + 1] = {"amx",  "avx512_bf16", "avx512_vnni", "avx512",
                                             "avx2", "scalar",      "amx_emu",     nullptr};
 
-#if defined(__x86_64__)
+const char kKnown[] = "known: auto, amx, avx512_bf16, avx512_vnni, avx512, avx2, scalar";
+
 struct Features {
-  bool has[kCount] = {true};
+  bool has[kCount] = {true};  // scalar
   bool permutes_bytes = false;
   bool intel = false;
 };
 
+#if defined(__x86_64__)
 uint64_t read_xcr0() {
   uint32_t lo = 0, hi = 0;
   __asm__ volatile("xgetbv" : "=a"(lo), "=d"(hi) : "c"(0));
@@ -62,15 +64,17 @@ Features detect() {
   const uint32_t avx512 = (1u << 16) | (1u << 17) | (1u << 30) | (1u << 31);  // F, DQ, BW, VL
   const uint32_t amx = (1u << 22) | (1u << 24) | (1u << 25);                  // bf16, tiles, int8
   const bool tiles = (d & amx) == amx;
-  f.has[1] = os_ymm && avx2 && fma && f16c;
-  f.has[2] = f.has[1] && os_zmm && (b & avx512) == avx512;
+  const bool zmm = os_zmm && (b & avx512) == avx512;
   bool bf16 = false;
   if (leaf7_max >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) bf16 = a & (1u << 5);
   const auto set = [&](Isa isa, bool has) { f.has[static_cast<int>(isa)] = has; };
-  set(Isa::avx512_vnni, f.has[2] && vnni);
-  set(Isa::avx512_bf16, f.has[2] && vnni && bf16);  // no processor has these without VNNI
-  set(Isa::amx_emu, f.has[2] && vnni && bf16);
-  set(Isa::amx, f.has[2] && vnni && bf16 && tiles && os_tiles && request_tiles());
+  bool all = os_ymm && avx2 && fma && f16c;
+  set(Isa::avx2, all);
+  set(Isa::avx512, all = all && zmm);
+  set(Isa::avx512_vnni, all = all && vnni);
+  set(Isa::avx512_bf16, all = all && bf16);  // no processor has it without VNNI
+  set(Isa::amx_emu, all);
+  set(Isa::amx, all && tiles && os_tiles && request_tiles());
   char vendor[12];
   if (__get_cpuid(0, &a, &b, &c, &d)) {
     std::memcpy(vendor, &b, 4), std::memcpy(vendor + 4, &d, 4), std::memcpy(vendor + 8, &c, 4);
@@ -78,12 +82,14 @@ Features detect() {
   }
   return f;
 }
+#else
+Features detect() { return {}; }
+#endif
 
 const Features& features() {
   static const Features found = detect();
   return found;
 }
-#endif
 
 int find(const char* name) {
   for (int i = 0; i < kCount; ++i)
@@ -94,9 +100,7 @@ int find(const char* name) {
 // Intel's processors have AVX512_BF16 for the sake of AMX: where the system hides the tiles, fp32 is 1.5 times as fast
 // (docs/design/002-isa.md).
 bool is_worthwhile(Isa isa) {
-#if defined(__x86_64__)
   if (isa == Isa::avx512_bf16) return !features().intel;
-#endif
   return isa != Isa::amx_emu;
 }
 
@@ -119,8 +123,7 @@ struct FromEnvironment {
     if (name == nullptr || *name == '\0' || std::strcmp(name, "auto") == 0) return;
     const int i = find(name);
     if (i < 0) {
-      std::snprintf(refusal, sizeof refusal,
-                    "FASTOPS_ISA is '%.64s', known: auto, amx, avx512_bf16, avx512_vnni, avx512, avx2, scalar", name);
+      std::snprintf(refusal, sizeof refusal, "FASTOPS_ISA is '%.64s', %s", name, kKnown);
     } else if (!isa_compiled(static_cast<Isa>(i)) || !isa_supported(static_cast<Isa>(i))) {
       std::snprintf(refusal, sizeof refusal, "FASTOPS_ISA is '%s', which this %s lacks", name,
                     isa_compiled(static_cast<Isa>(i)) ? "machine" : "build");
@@ -146,29 +149,9 @@ bool isa_compiled(Isa isa) {
 #endif
 }
 
-bool isa_supported(Isa isa) {
-#if defined(__x86_64__)
-  return features().has[static_cast<int>(isa)];
-#else
-  return isa == Isa::scalar;
-#endif
-}
-
-bool isa_permutes_bytes() {
-#if defined(__x86_64__)
-  return features().permutes_bytes;
-#else
-  return false;
-#endif
-}
-
-bool isa_reads_through_l2() {
-#if defined(__x86_64__)
-  return features().intel;
-#else
-  return false;
-#endif
-}
+bool isa_supported(Isa isa) { return features().has[static_cast<int>(isa)]; }
+bool isa_permutes_bytes() { return features().permutes_bytes; }
+bool isa_reads_through_l2() { return features().intel; }
 
 Isa active_isa() {
   int i = g_active.load(std::memory_order_relaxed);
@@ -220,8 +203,7 @@ fastops_status fastops_isa_set(const char* name, char* message) {
   }
   const int i = find(name);
   if (i < 0) {
-    set_message(message,
-                "isa_set: '%.64s' is unknown, known: auto, amx, avx512_bf16, avx512_vnni, avx512, avx2, scalar", name);
+    set_message(message, "isa_set: '%.64s' is unknown, %s", name, kKnown);
     return FASTOPS_ERR_VALUE;
   }
   const Isa isa = static_cast<Isa>(i);

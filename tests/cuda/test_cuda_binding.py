@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten
 
 import fastops
 from fastops import _cuda, _ops, int4
-from fastops.testing import assert_matches
+from fastops.testing import ROWS_SERVED_BY, assert_matches
 from tests.cuda import both
 from tests.cuda.capi import op, variant
 from tests.cuda.test_cuda_nvrtc import recording
@@ -79,7 +79,7 @@ def operator_calls():
         ("merge_states", ([x, y], [torch.randn(2, 3)] * 2), {}),
         ("attention", (half, half, half), {"causal": True, "scale": 0.3, "return_lse": True}),
         ("attention_out", (half, half, half), {"out": torch.zeros_like(half), "lse": torch.zeros(1, 2, 3)}),
-        ("int4_linear", (x[0].half(), packed.codes, packed.scales, 16), {"int8": True}),
+        ("int4_linear", (x[0].half(), packed.codes, packed.scales, 16), {"activations": 1}),
     ]  # fmt: skip
 
 
@@ -131,7 +131,7 @@ def test_the_mode_is_the_threads_own_and_ends():
     elsewhere()
     active = _ops.control.isa_active()
     # silu_and_mul has no code of its own for these.
-    served = {"amx": "avx512_bf16", "amx_emu": "avx512_bf16", "avx512_vnni": "avx512"}.get(active, active)
+    served = ROWS_SERVED_BY.get(active, active)
     assert seen == [served] * 2
     assert inside not in _ops.control.isa_names()
 

@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 
 import fastops
 from fastops.ops.gated import GELU, GELU_TANH, SILU, reference
-from fastops.testing import assert_matches, guarded
+from fastops.testing import ROWS_SERVED_BY, assert_matches, guarded
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-SERVED_BY = {"amx": "avx512_bf16", "amx_emu": "avx512_bf16", "avx512_vnni": "avx512"}
+SERVED_BY = ROWS_SERVED_BY
 KINDS = [SILU, GELU_TANH, GELU]
 
 

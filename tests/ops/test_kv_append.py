@@ -11,10 +11,10 @@ import fastops
 from fastops import kv
 from fastops.kv import KVQuant
 from fastops.ops.kv_append import reference
-from fastops.testing import guarded
+from fastops.testing import ROWS_SERVED_BY, guarded
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-SERVED_BY = {"amx": "avx512_bf16", "amx_emu": "avx512_bf16", "avx512_vnni": "avx512"}
+SERVED_BY = ROWS_SERVED_BY
 
 
 def ints(*values):

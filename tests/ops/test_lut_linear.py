@@ -12,9 +12,9 @@ import fastops
 from fastops import LutWeight, _ops, lut
 from fastops.int4 import pack_pairs, unpack_pairs
 from fastops.ops.lut_linear import reference
-from fastops.testing import assert_matches, guarded
+from fastops.testing import ROWS_SERVED_BY, assert_matches, guarded
 
-SERVED_BY = {"amx": "avx512_bf16", "amx_emu": "avx512_bf16", "avx512_vnni": "avx512"}
+SERVED_BY = ROWS_SERVED_BY
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 

@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 
 import fastops
 from fastops.ops.norm import QUANT, quantise_rows, reference_norm
-from fastops.testing import assert_matches, guarded
+from fastops.testing import ROWS_SERVED_BY, assert_matches, guarded
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-SERVED_BY = {"amx": "avx512_bf16", "amx_emu": "avx512_bf16", "avx512_vnni": "avx512"}
+SERVED_BY = ROWS_SERVED_BY
 SHAPES = [(1,), (7,), (2, 33), (5, 64), (3, 4, 129), (2, 1, 3, 1000), (1, 2, 1, 2, 2, 48), (0, 16), (400, 4099)]
 
 

@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 
 import fastops
 from fastops.ops.rope import _qk_reference, _rope_reference
-from fastops.testing import assert_matches, guarded
+from fastops.testing import ROWS_SERVED_BY, assert_matches, guarded
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-SERVED_BY = {"amx": "avx512_bf16", "amx_emu": "avx512_bf16", "avx512_vnni": "avx512"}
+SERVED_BY = ROWS_SERVED_BY
 
 
 def table(places, half):

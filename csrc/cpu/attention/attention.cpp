@@ -4,37 +4,12 @@
 #include <cstring>
 #include <limits>
 
-#include "core/isa.h"
 #include "core/parallel.h"
 #include "core/status.h"
 #include "core/attention_check.h"
 #include "cpu/attention/merge.h"
 
 namespace fastops::cpu {
-
-const AttentionTable& attention_table_for(Isa isa) {
-#if defined(__x86_64__)
-  switch (isa) {
-    case Isa::amx:
-      return amx::attention_table;
-    case Isa::amx_emu:
-      return amx_emu::attention_table;
-    case Isa::avx512_vnni:
-      return avx512_vnni::attention_table;
-    case Isa::avx512_bf16:
-      return avx512_bf16::attention_table;
-    case Isa::avx512:
-      return avx512::attention_table;
-    case Isa::avx2:
-      return avx2::attention_table;
-    default:
-      return scalar::attention_table;
-  }
-#else
-  (void)isa;
-  return scalar::attention_table;
-#endif
-}
 
 namespace {
 
@@ -370,9 +345,9 @@ extern "C" fastops_status fastops_attention_fwd(const fastops_attention_desc* de
                 static_cast<long long>(at.total));
     return FASTOPS_ERR_WORKSPACE;
   }
-  const Isa isa = active_isa();
-  const AttentionTable& table = attention_table_for(isa);
-  env->variant = isa_name(isa);
+  const auto variant = FASTOPS_CHOOSE_ANY(AttentionTable, attention_table);
+  const AttentionTable& table = variant.table;
+  env->variant = variant.name;
   char* ws = static_cast<char*>(env->workspace);
   auto* item_prefix = reinterpret_cast<int64_t*>(ws + at.item_prefix);
   auto* partial_prefix = reinterpret_cast<int64_t*>(ws + at.partial_prefix);

@@ -6,7 +6,7 @@
 
 #include "core/attention_backward.h"
 #include "core/attention_params.h"
-#include "core/isa.h"
+#include "cpu/rows.h"
 
 namespace fastops::cpu {
 
@@ -111,19 +111,6 @@ struct AttentionTable {
   void (*backward_sinks)(const BackwardParams&, int64_t head);
 };
 
-#define FASTOPS_DECLARE_TABLE(isa)             \
-  namespace isa {                              \
-  extern const AttentionTable attention_table; \
-  }
-FASTOPS_DECLARE_TABLE(scalar)
-#if defined(__x86_64__)
-FASTOPS_DECLARE_TABLE(avx2)
-FASTOPS_DECLARE_TABLE(avx512)
-FASTOPS_DECLARE_TABLE(avx512_vnni)
-FASTOPS_DECLARE_TABLE(avx512_bf16)
-FASTOPS_DECLARE_TABLE(amx_emu)
-FASTOPS_DECLARE_TABLE(amx)
-#endif
-#undef FASTOPS_DECLARE_TABLE
+FASTOPS_DECLARE_ANY_TABLES(AttentionTable, attention_table)
 
 }  // namespace fastops::cpu

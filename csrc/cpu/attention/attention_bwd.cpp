@@ -1,15 +1,12 @@
 // The backward C API on the CPU: check, then two kinds of independent items (attention_bwd.inl.h).
 #include <cstring>
 
-#include "core/isa.h"
 #include "core/parallel.h"
 #include "core/status.h"
 #include "cpu/attention/attention.h"
 #include "core/attention_check.h"
 
 namespace fastops::cpu {
-
-const AttentionTable& attention_table_for(Isa isa);
 
 namespace {
 
@@ -77,9 +74,9 @@ extern "C" fastops_status fastops_attention_bwd(const fastops_attention_bwd_desc
                 static_cast<long long>(at.total));
     return FASTOPS_ERR_WORKSPACE;
   }
-  const Isa isa = active_isa();
-  const AttentionTable& table = attention_table_for(isa);
-  env->variant = isa_name(isa);
+  const auto variant = FASTOPS_CHOOSE_ANY(AttentionTable, attention_table);
+  const AttentionTable& table = variant.table;
+  env->variant = variant.name;
   char* ws = static_cast<char*>(env->workspace);
   auto* prefix = reinterpret_cast<int64_t*>(ws);
   prefix[0] = 0;

@@ -1,17 +1,10 @@
 // merge_states: joins attention results over disjoint key sets (attention/merge.h has the formula).
 #include "cpu/attention/merge.h"
 
-#include "core/isa.h"
 #include "core/op_checks.h"
 #include "core/parallel.h"
 #include "core/status.h"
 #include "fastops/fastops.h"
-
-namespace fastops::cpu {
-
-const AttentionTable& attention_table_for(Isa isa);
-
-}  // namespace fastops::cpu
 
 using namespace fastops;
 using namespace fastops::cpu;
@@ -28,9 +21,9 @@ extern "C" fastops_status fastops_merge_states(const fastops_merge_states_desc* 
   const int64_t B = o.ndim == 4 ? o.size[0] : 1, S = o.size[o.ndim - 3], H = o.size[o.ndim - 2];
   const auto Dv = static_cast<int32_t>(o.size[o.ndim - 1]);
   const int64_t esize = o.dtype == FASTOPS_F32 ? 4 : 2;
-  const Isa isa = active_isa();
-  const AttentionTable& table = attention_table_for(isa);
-  env->variant = isa_name(isa);
+  const auto variant = FASTOPS_CHOOSE_ANY(AttentionTable, attention_table);
+  const AttentionTable& table = variant.table;
+  env->variant = variant.name;
   constexpr int64_t kRowsPerItem = 64;
   const int64_t rows = B * S * H, items = (rows + kRowsPerItem - 1) / kRowsPerItem;
   fastops_env inner = *env;
