@@ -44,7 +44,7 @@ _GRADIENTS = "Tensor dout, Tensor? dlse, Tensor out, Tensor lse, "
 _FOUR = ") -> (Tensor, Tensor, Tensor, Tensor)"
 _INT4 = (
     "Tensor? zeros=None, Tensor? mins=None, Tensor? perm=None, Tensor? bias=None, Tensor? column_scales=None, "
-    "Tensor? column_zeros=None, *, bool int8=False, bool eight=False"
+    "Tensor? column_zeros=None, *, int activations=0, bool eight=False"
 )
 _LUT = (
     "Tensor x, Tensor codes, Tensor table, Tensor? row_starts=None, Tensor? columns=None, Tensor? values=None, "

@@ -123,14 +123,14 @@ def gguf_file() -> Path:
 def quantised(model: Any, bits: int) -> Any:
     """A copy whose linear layers, the output layer included, have 8 bits with a scale for each output; with bits=4
     those that the package's Q4_K_M file holds in 4 bits keep the file's codes. int8 activations but for the inputs of
-    down_proj, whose outliers would cost quality."""
+    down_proj, whose outliers would cost quality: these are rounded to bf16."""
     from fastops.int4 import load_gguf, quantize_model
 
     def progress(done: int, total: int, name: str) -> None:
         show(f"to {bits} bits: layer {done}/{total}")
 
     model = copy.deepcopy(model)
-    options: dict[str, Any] = {"activations": "int8", "float_activations": ("down_proj",), "progress": progress}
+    options: dict[str, Any] = {"activations": "int8", "bfloat16_activations": ("down_proj",), "progress": progress}
     if bits == 8:
         quantize_model(model, eight=("",), group_size=-1, **options)
     else:

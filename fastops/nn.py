@@ -23,7 +23,7 @@ class Int4Linear(nn.Module):
     zeros or order than this module's replaces the weight.
 
     Args:
-        weight: [N, K]. bias: [N] or None. activations: "float" or "int8", see `fastops.int4_linear`.
+        weight: [N, K]. bias: [N] or None. activations: "float", "int8" or "bfloat16", see `fastops.int4_linear`.
     """
 
     bias: Tensor | None

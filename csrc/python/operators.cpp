@@ -74,7 +74,7 @@ constexpr auto int4_linear =
     &operate<Int4, Int4, &fastops_int4_linear, &fastops_int4_linear_workspace, &nothing<Int4>, Rows<&Int4::x>,
              Columns<&Int4::x>, Ignored, Input<&Int4::codes>, Input<&Int4::scales>, Optional<&Int4::zeros>,
              Optional<&Int4::mins>, Optional<&Int4::perm>, Optional<&Int4::column_scales>,
-             Optional<&Int4::column_zeros>, Flag<&Int4::eight>, Optional<&Int4::bias>, Flag<&Int4::int8>,
+             Optional<&Int4::column_zeros>, Flag<&Int4::eight>, Optional<&Int4::bias>, Whole<&Int4::activations>,
              RowsResult<&Int4::out, 0, 2>>;
 
 // What the contract has beyond the kernels (csrc/torch/attention.cpp), and the scale that was not given.

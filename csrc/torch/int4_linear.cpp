@@ -43,12 +43,12 @@ Tensor columns_of(const Tensor& x, const OptTensor& perm) {
 
 void run(const Place& at, Tensor x, const Tensor& codes, const Tensor& scales, const OptTensor& zeros,
          const OptTensor& mins, const OptTensor& perm, const OptTensor& bias, const OptTensor& column_scales,
-         const OptTensor& column_zeros, bool int8, bool eight, const Tensor& out) {
+         const OptTensor& column_zeros, int64_t activations, bool eight, const Tensor& out) {
   const bool gather = perm && at.cuda();
   if (gather) x = columns_of(x, perm);
   fastops_int4_linear_desc d{};
   d.struct_size = sizeof d;
-  d.int8 = int8;
+  d.activations = static_cast<int32_t>(activations);
   d.eight = eight;
   d.x = at.view(x, "x");
   d.out = at.view(out, "out");
@@ -64,20 +64,20 @@ void run(const Place& at, Tensor x, const Tensor& codes, const Tensor& scales, c
 }
 
 Tensor int4_linear(Tensor x, Tensor codes, Tensor scales, int64_t n, OptTensor zeros, OptTensor mins, OptTensor perm,
-                   OptTensor bias, OptTensor column_scales, OptTensor column_zeros, bool int8, bool eight) {
+                   OptTensor bias, OptTensor column_scales, OptTensor column_zeros, int64_t activations, bool eight) {
   const Place at(x);
   const int64_t size[2] = {x.dim() > 0 ? x.size(0) : 0, n};
   if (n < 0) raise(FASTOPS_ERR_VALUE, "int4_linear: n is negative");
   Tensor out = at.empty(size, 2, scalar_type(x));
-  run(at, x, codes, scales, zeros, mins, perm, bias, column_scales, column_zeros, int8, eight, out);
+  run(at, x, codes, scales, zeros, mins, perm, bias, column_scales, column_zeros, activations, eight, out);
   return out;
 }
 
 void int4_linear_out(Tensor x, Tensor codes, Tensor scales, OptTensor zeros, OptTensor mins, OptTensor perm,
-                     OptTensor bias, OptTensor column_scales, OptTensor column_zeros, bool int8, bool eight,
+                     OptTensor bias, OptTensor column_scales, OptTensor column_zeros, int64_t activations, bool eight,
                      Tensor out) {
   const Place at(x);
-  run(at, x, codes, scales, zeros, mins, perm, bias, column_scales, column_zeros, int8, eight, out);
+  run(at, x, codes, scales, zeros, mins, perm, bias, column_scales, column_zeros, activations, eight, out);
 }
 
 }  // namespace

@@ -16,7 +16,7 @@
 #define GRADIENTS ") -> (Tensor, Tensor, Tensor, Tensor)"
 #define INT4                                                                                                  \
   "Tensor? zeros=None, Tensor? mins=None, Tensor? perm=None, Tensor? bias=None, Tensor? column_scales=None, " \
-  "Tensor? column_zeros=None, *, bool int8=False, bool eight=False"
+  "Tensor? column_zeros=None, *, int activations=0, bool eight=False"
 #define LUT                                                                                                    \
   "Tensor x, Tensor codes, Tensor table, Tensor? row_starts=None, Tensor? columns=None, Tensor? values=None, " \
   "Tensor? bias=None"

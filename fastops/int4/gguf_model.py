@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastops.int4.importers import from_gguf
-from fastops.int4.model import quantizable, quantize_model
+from fastops.int4.model import activations_of, quantizable, quantize_model
 from fastops.int4.weight import FLOATS, Int4Weight
 
 KINDS = ("Q4_0", "Q4_K")
@@ -23,6 +23,7 @@ def load_gguf(
     skip: tuple[str, ...] = (),
     activations: str = "float",
     float_activations: tuple[str, ...] = (),
+    bfloat16_activations: tuple[str, ...] = (),
     scale_dtype: torch.dtype = torch.float16,
     progress: Any = None,
 ) -> dict[str, str]:
@@ -34,7 +35,7 @@ def load_gguf(
     Args:
         model: a transformers model with this file's weights: ``from_pretrained(folder, gguf_file=...)``, or a
             conversion of it. Needs the `gguf` package, for the file and for its names.
-        skip, activations, float_activations, progress: as in `fastops.int4.quantize_model`.
+        skip, activations, float_activations, bfloat16_activations, progress: as in `fastops.int4.quantize_model`.
         scale_dtype: of the 4-bit layers' scales and mins; torch.float32 keeps Q4_K bit for bit (6 bits a weight
             instead of 5).
 
@@ -70,11 +71,11 @@ def load_gguf(
     for layer, weight in four.items():
         parent, _, child = layer.rpartition(".")
         linear = model.get_submodule(layer)
-        mode = "float" if any(f in layer for f in float_activations) else activations
+        mode = activations_of(layer, activations, float_activations, bfloat16_activations)
         setattr(model.get_submodule(parent) if parent else model, child, Int4Linear(weight, linear.bias, mode))
     quantize_model(
-        model, skip=skip, eight=("",), activations=activations, float_activations=float_activations, group_size=-1,
-        progress=progress,
+        model, skip=skip, eight=("",), activations=activations, float_activations=float_activations,
+        bfloat16_activations=bfloat16_activations, group_size=-1, progress=progress,
     )  # fmt: skip
     return kinds
 

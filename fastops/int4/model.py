@@ -22,6 +22,13 @@ def quantizable(model: nn.Module, skip: tuple[str, ...], group_size: int) -> lis
     ]
 
 
+def activations_of(name: str, default: str, floats: tuple[str, ...], bfloat16s: tuple[str, ...]) -> str:
+    """The activations of the layer of that name."""
+    if any(f in name for f in floats):
+        return "float"
+    return "bfloat16" if any(f in name for f in bfloat16s) else default
+
+
 def quantize_model(
     model: nn.Module,
     *,
@@ -29,6 +36,7 @@ def quantize_model(
     eight: tuple[str, ...] = (),
     activations: str = "float",
     float_activations: tuple[str, ...] = (),
+    bfloat16_activations: tuple[str, ...] = (),
     calibration: list[Any] | None = None,
     progress: Any = None,
     **options: Any,
@@ -38,8 +46,9 @@ def quantize_model(
     Args:
         skip: parts of module names to leave alone, e.g. ("lm_head",).
         eight: parts of module names to hold in 8 bits (symmetric, rounded to nearest, the same groups) instead of 4.
-        activations: "float" or "int8", see `fastops.int4_linear`; float_activations: parts of names that stay with
-            "float" (inputs with outliers, e.g. ("down_proj",)).
+        activations: "float", "int8" or "bfloat16", see `fastops.int4_linear`; float_activations and
+            bfloat16_activations: parts of names that have these instead (inputs with outliers, which int8 activations
+            would round coarsely: ("down_proj",)).
         calibration: for method="gptq": batches to run the model on, each a tensor, a tuple of positional or a dict of
             keyword arguments; a few thousand tokens of text like the text to come. Layers are done in the model's
             order, as many at once as 2 GiB of statistics allow; each turn runs all batches, later ones on what is in 4
@@ -71,7 +80,7 @@ def quantize_model(
             chosen["method"] = "rtn"
         parent, _, child = name.rpartition(".")
         owner = model.get_submodule(parent) if parent else model
-        mode = "float" if any(f in name for f in float_activations) else activations
+        mode = activations_of(name, activations, float_activations, bfloat16_activations)
         with torch.no_grad():
             setattr(owner, child, Int4Linear.from_linear(linear, mode, **chosen))
         nonlocal done

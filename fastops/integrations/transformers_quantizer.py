@@ -16,7 +16,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fastops.int4 import Int4Weight, quantize_model
-from fastops.int4.model import quantizable
+from fastops.int4.model import activations_of, quantizable
 from fastops.nn import Int4Linear
 
 METHOD = "fastops_int4"
@@ -30,7 +30,7 @@ class FastopsInt4Config(QuantizationConfigMixin):  # type: ignore[misc]
     Args:
         group_size, symmetric, method: as in `fastops.int4.quantize` ("rtn" or "mse"; "gptq" needs calibration: use
             `fastops.int4.quantize_model` on a loaded model).
-        activations, float_activations, eight: as in `fastops.int4.quantize_model`.
+        activations, float_activations, bfloat16_activations, eight: as in `fastops.int4.quantize_model`.
         scale_dtype: "float16", "bfloat16" or "float32".
         modules_to_not_convert: parts of module names to leave alone; None: the output layer.
 
@@ -45,6 +45,7 @@ class FastopsInt4Config(QuantizationConfigMixin):  # type: ignore[misc]
         method: str = "rtn",
         activations: str = "float",
         float_activations: tuple[str, ...] | list[str] = (),
+        bfloat16_activations: tuple[str, ...] | list[str] = (),
         eight: tuple[str, ...] | list[str] = (),
         scale_dtype: str = "float16",
         modules_to_not_convert: list[str] | None = None,
@@ -53,19 +54,21 @@ class FastopsInt4Config(QuantizationConfigMixin):  # type: ignore[misc]
         self.quant_method = METHOD  # type: ignore[assignment]
         for name, value, allowed in (
             ("method", method, ("rtn", "mse")),
-            ("activations", activations, ("float", "int8")),
+            ("activations", activations, ("float", "int8", "bfloat16")),
             ("scale_dtype", scale_dtype, tuple(_DTYPES)),
         ):
             if value not in allowed:
                 raise ValueError(f"FastopsInt4Config: {name} is {value!r}, allowed: {', '.join(allowed)}")
         self.group_size, self.symmetric, self.method = group_size, symmetric, method
         self.activations, self.float_activations = activations, list(float_activations)
+        self.bfloat16_activations = list(bfloat16_activations)
         self.eight, self.scale_dtype = list(eight), scale_dtype
         self.modules_to_not_convert = modules_to_not_convert
 
     def mode(self, name: str) -> str:
         """The activations of a layer."""
-        return "float" if any(f in name for f in self.float_activations) else self.activations
+        floats, bfloat16s = tuple(self.float_activations), tuple(self.bfloat16_activations)
+        return activations_of(name, self.activations, floats, bfloat16s)
 
 
 @register_quantizer(METHOD)
@@ -95,7 +98,8 @@ class FastopsInt4Quantizer(HfQuantizer):  # type: ignore[misc]
         if not self.pre_quantized:
             quantize_model(
                 model, skip=self._skipped(model), eight=tuple(config.eight), activations=config.activations,
-                float_activations=tuple(config.float_activations), group_size=config.group_size,
+                float_activations=tuple(config.float_activations),
+                bfloat16_activations=tuple(config.bfloat16_activations), group_size=config.group_size,
                 symmetric=config.symmetric, method=config.method, scale_dtype=_DTYPES[config.scale_dtype],
             )  # fmt: skip
         if isinstance(model.get_output_embeddings(), Int4Linear):

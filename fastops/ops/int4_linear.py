@@ -22,7 +22,7 @@ from fastops.int4 import BLOCK, Int4Weight, unpack24, unpack_codes
 from fastops.ops import _common as common
 
 NAME = "int4_linear"
-MODES = ("float", "int8")
+MODES = {"float": 0, "int8": 1, "bfloat16": 2}  # fastops_activations
 
 
 def validate(
@@ -54,27 +54,34 @@ def reference(
     """Plain torch: the weight is dequantised to fp32 (fp64 for fp64 inputs)."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     rows = x.to(wide)
-    if activations == "int8" and weight.column_scales is not None:
-        result = torch.cat([each @ part.T * factor for each, factor, part in _int8_slices(rows, weight, wide)], -1)
-    elif activations == "int8":
-        rows, factor = quantize_rows(rows)
-        result = (rows @ weight.dequantize(wide).T) * factor
+    if activations != "float" and weight.column_scales is not None:
+        parts = _slices(rows, weight, wide)
+        rounded = [(*_round_rows(each, activations), part) for each, part in parts]
+        result = torch.cat([each @ part.T * factor for each, factor, part in rounded], -1)
     else:
-        result = rows @ weight.dequantize(wide).T
+        rows, factor = _round_rows(rows, activations)
+        result = (rows @ weight.dequantize(wide).T) * factor
     if bias is not None:
         result = result + bias.to(wide)
     result = result.to(x.dtype if out is None else out.dtype)
     return result if out is None else out.copy_(result)
 
 
-def _int8_slices(rows: Tensor, weight: Int4Weight, wide: torch.dtype) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(codes of the rows times the columns' scales, their factor, the rest of the weight), slice by slice."""
+def _round_rows(x: Tensor, activations: str) -> tuple[Tensor, Tensor | float]:
+    """The numbers the weight meets, in x's dtype, and the factor of each row."""
+    if activations == "int8":
+        return quantize_rows(x)
+    return (x if activations == "float" else x.bfloat16().to(x.dtype)), 1.0
+
+
+def _slices(rows: Tensor, weight: Int4Weight, wide: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
+    """(the rows times the columns' scales, the rest of the weight), slice by slice."""
     assert weight.column_scales is not None
     columns, k = weight.column_scales.to(wide), weight.shape[1]
     at = torch.arange(columns.shape[1], device=rows.device) % k if weight.perm is None else weight.perm.long()
     rest = weight.columns(wide).chunk(columns.shape[0])
     for scales, part in zip(columns, rest, strict=True):
-        yield *quantize_rows(rows[..., at] * scales), part
+        yield rows[..., at] * scales, part
 
 
 def run_cpp(
@@ -88,11 +95,11 @@ def run_cpp(
     rows = x if x.dim() == 2 else x.reshape(-1, k)
     if rows.stride(-1) != 1 and rows.shape[0]:
         rows = rows.contiguous()
-    bias, int8 = common.to_f32(bias), activations == "int8"
+    bias, mode = common.to_f32(bias), MODES[activations]
     if out is not None and out.dim() == 2 and (out.stride(1) == 1 or n == 1):
-        _into(rows, packed.codes, packed.scales, bias=bias, int8=int8, **packed.rest, out=out)
+        _into(rows, packed.codes, packed.scales, bias=bias, activations=mode, **packed.rest, out=out)
         return out
-    result = _op(rows, packed.codes, packed.scales, n, bias=bias, int8=int8, **packed.rest)
+    result = _op(rows, packed.codes, packed.scales, n, bias=bias, activations=mode, **packed.rest)
     result = result if x.dim() == 2 else result.view(*x.shape[:-1], n)
     return result if out is None else out.copy_(result)
 
@@ -137,7 +144,8 @@ def int4_linear(
         weight: an `fastops.Int4Weight` [N, K], from `fastops.int4.quantize` or an importer.
         bias: [N], any floating dtype, added in fp32.
         activations: "float" keeps x as it is (sums in fp32); "int8" rounds each row of x to int8 (absmax / 127) and
-            multiplies integers, faster where the processor has integer dot products.
+            multiplies integers, faster where the processor has integer dot products; "bfloat16" rounds each number of
+            an fp32 or fp16 x to bf16, faster where the processor multiplies those (AVX512_BF16, AMX).
         out: [..., N], written instead of a new tensor (x's dtype, or fp32).
 
     Returns:
@@ -155,7 +163,7 @@ def int4_linear(
         torch.Size([3, 64])
     """
     if type(weight) is Int4Weight and type(x) is Tensor and activations in MODES and not is_compiling():
-        y = _direct(x, *weight.packed().arguments, bias, activations == "int8", out)
+        y = _direct(x, *weight.packed().arguments, bias, MODES[activations], out)
         if y is not None:
             return y  # type: ignore[no-any-return]
     common.require_tensor(NAME, "x", x)
@@ -195,7 +203,7 @@ def _fake_out(*args: Any, **options: Any) -> None:
 def _elsewhere(
     x: Tensor, codes: Tensor, scales: Tensor, n: int, zeros: Tensor | None = None, mins: Tensor | None = None,
     perm: Tensor | None = None, bias: Tensor | None = None, column_scales: Tensor | None = None,
-    column_zeros: Tensor | None = None, *, int8: bool = False, eight: bool = False,
+    column_zeros: Tensor | None = None, *, activations: int = 0, eight: bool = False,
 ) -> Tensor:  # fmt: skip
     def rows(t: Tensor | None) -> Tensor | None:
         return None if t is None else t.transpose(1, 2).flatten(0, 1)[:n]
@@ -209,7 +217,7 @@ def _elsewhere(
         canonical, plain, zeros=rows(zeros), mins=rows(mins), perm=perm, planes=planes, kept=kept,
         column_scales=column_scales, column_zeros=column_zeros,
     )  # fmt: skip
-    return reference(x, weight, bias, activations="int8" if int8 else "float")
+    return reference(x, weight, bias, activations=list(MODES)[activations])
 
 
 def _elsewhere_out(

@@ -389,7 +389,7 @@ void fuzz_int4_linear(Random& r) {
   const int64_t blocks = (N + 15) / 16;
   fastops_int4_linear_desc d{};
   d.struct_size = sizeof d;
-  d.int8 = r.one_in(2);
+  d.activations = static_cast<int32_t>(r.below(4));
   const int64_t planes = groups % 2 == 0 && features % 16 == 0 && r.one_in(3) ? 2 : 1;
   d.eight = planes == 2 ? r.one_in(2) : r.one_in(30);
   d.x = dense(Q, dtype, {M, features / planes});

@@ -257,6 +257,14 @@ def test_guard_pages_of_the_other_kernels(end):
         zeros = None if sparse else guarded(packed.rest["zeros"], end)
         os.environ["FASTOPS_EMULATOR_ARCH"] = arch
         try:
-            op("int4_linear_out", x, codes, scales, zeros, int8=int8, out=guarded(torch.empty(m, n).half(), end))
+            op(
+                "int4_linear_out",
+                x,
+                codes,
+                scales,
+                zeros,
+                activations=int(int8),
+                out=guarded(torch.empty(m, n).half(), end),
+            )
         finally:
             del os.environ["FASTOPS_EMULATOR_ARCH"]

@@ -58,7 +58,7 @@ def calls():
     op("attention_backward", half, None, out, lse, half, half, half, causal=True, sinks=torch.zeros(2))
     packed = int4.quantize(torch.randn(48, 64), 64).packed()
     op("int4_linear", rows, packed.codes, packed.scales, 48)
-    op("int4_linear", rows, packed.codes, packed.scales, 48, int8=True)
+    op("int4_linear", rows, packed.codes, packed.scales, 48, activations=1)
     op("int4_linear", torch.randn(70, 64).half(), packed.codes, packed.scales, 48, packed.scales)
     op("rms_norm", rows, rows[0])
     op("norm_backward", rows, None, rows, rows[0], torch.ones(3), torch.ones(3))

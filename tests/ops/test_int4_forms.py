@@ -7,7 +7,7 @@ from test_int4_linear import DTYPES, check, random_weight
 import fastops
 from fastops import _ops
 from fastops.int4 import Int4Weight, gather24, pack_pairs, quantize, spread24, unpack24
-from fastops.ops.int4_linear import _pack24_elsewhere
+from fastops.ops.int4_linear import MODES, _pack24_elsewhere
 from fastops.testing import guarded
 
 FORMS = ["columns", "columns_zeros", "columns_rows", "sparse", "sparse_columns", "sparse_perm", "planes_columns"]
@@ -36,7 +36,7 @@ def make(form, n, k, group, slices):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("activations", ["float", "int8"])
+@pytest.mark.parametrize("activations", MODES)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("m", "n", "k", "group", "slices"), [
     (1, 64, 256, 64, 4), (3, 160, 128, 32, 10), (4, 40, 96, 48, 1), (7, 224, 512, 128, 7), (70, 96, 64, 32, 2),
@@ -46,7 +46,7 @@ def test_matches_reference(isa, dtype, activations, form, m, n, k, group, slices
     check(torch.randn(m, w.shape[1]).to(dtype), w, torch.randn(n), activations)
 
 
-@pytest.mark.parametrize("activations", ["float", "int8"])
+@pytest.mark.parametrize("activations", MODES)
 @pytest.mark.parametrize("form", ["eight", *FORMS])
 def test_few_outputs(isa, many_cores, form, activations):
     """Parts of K (one slice), and shares of rows (any)."""
@@ -60,7 +60,7 @@ def test_few_outputs(isa, many_cores, form, activations):
 
 def test_rows_beyond_a_block_and_many_slices(isa):
     w = make("columns_zeros", 768, 64, 64, 48)
-    for activations in ("float", "int8"):
+    for activations in MODES:
         check(torch.randn(300, 64), w, torch.randn(768), activations)
         check(torch.randn(6, 64), w, None, activations)
 
@@ -91,9 +91,9 @@ def test_stays_inside_its_tensors(isa, end, m, form):
     args = [guarded(t, end) for t in (torch.randn(m, 72), packed.codes, packed.scales)]
     columns = {n: guarded(t, end) for n, t in packed.rest.items() if n.startswith("column") and t is not None}
     out = guarded(torch.zeros(m, 48), end)
-    for int8 in (False, True):
-        _ops.ops.int4_linear_out(*args, **columns, int8=int8, out=out)
-        assert torch.equal(out, fastops.int4_linear(args[0], w, activations="int8" if int8 else "float"))
+    for mode, activations in enumerate(MODES):
+        _ops.ops.int4_linear_out(*args, **columns, activations=mode, out=out)
+        assert torch.equal(out, fastops.int4_linear(args[0], w, activations=activations))
 
 
 @pytest.mark.parametrize(("n", "k"), [(16, 8), (37, 40), (1, 16)])

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import fastops
 from fastops import _ops
 from fastops.int4 import Int4Weight, pack_pairs, unpack_codes
-from fastops.ops.int4_linear import reference
+from fastops.ops.int4_linear import MODES, reference
 from fastops.testing import assert_matches, guarded
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -36,8 +36,8 @@ def check(x, w, bias=None, activations="float"):
         exact = reference(x.double(), w, bias)
         same = (x @ w.dequantize(x.dtype).T + (0 if bias is None else bias.to(x.dtype))).to(x.dtype)
         assert_matches(out, exact, same, what=f"{list(x.shape)} {w}")
-    else:  # rows are rounded once, the same way: products of whole numbers leave rounding of sums alone
-        exact = reference(x.float(), w, bias, activations="int8")
+    else:  # rows are rounded once, the same way: the rounding of sums is left alone
+        exact = reference(x.float(), w, bias, activations=activations)
         size = exact.abs().max().item() if exact.numel() else 0.0
         tolerance = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[x.dtype] * max(size, 1.0) * 4
         torch.testing.assert_close(out.float(), exact, atol=tolerance, rtol=tolerance)
@@ -45,7 +45,7 @@ def check(x, w, bias=None, activations="float"):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("activations", ["float", "int8"])
+@pytest.mark.parametrize("activations", MODES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("m", "n", "k", "group"), [
     (1, 64, 256, 32), (2, 40, 256, 64), (3, 200, 128, 128), (4, 8, 64, 64), (5, 72, 512, 128), (33, 136, 384, 96),
@@ -54,7 +54,7 @@ def test_matches_reference(isa, dtype, activations, kind, m, n, k, group):
     check(torch.randn(m, k).to(dtype), random_weight(n, k, group, kind), torch.randn(n), activations)
 
 
-@pytest.mark.parametrize("activations", ["float", "int8"])
+@pytest.mark.parametrize("activations", MODES)
 @pytest.mark.parametrize(("k", "group"), [(8, 8), (24, 24), (4104, 4104), (2056, 8), (1032, 344)])
 @pytest.mark.parametrize("m", [1, 7])
 def test_groups_of_any_size(isa, activations, k, group, m):
@@ -65,9 +65,28 @@ def test_groups_of_any_size(isa, activations, k, group, m):
 @pytest.mark.parametrize("m", [1, 9])
 def test_scale_dtypes_and_act_order(isa, scale_dtype, m):
     w = random_weight(72, 256, 64, "zeros", perm=True, scale_dtype=scale_dtype)
-    for activations in ("float", "int8"):
+    for activations in MODES:
         check(torch.randn(m, 256), w, torch.randn(72), activations)
         check(torch.randn(m, 256).bfloat16(), w, None, activations)
+
+
+@pytest.mark.parametrize("scale_dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("group", [32, 96])
+@pytest.mark.parametrize("m", [47, 48, 70, 260])  # 260: the last block has four rows
+def test_small_groups_and_many_rows(isa, scale_dtype, kind, group, m):
+    w = random_weight(88, 480, group, kind, scale_dtype=scale_dtype)
+    for activations in MODES:
+        check(torch.randn(m, 480), w, torch.randn(88), activations)
+    check(torch.randn(m, 480).bfloat16(), w)
+
+
+def test_rounded_to_bfloat16(isa):
+    w, x = random_weight(40, 128, 64, "mins"), torch.randn(20, 128)
+    for m in (1, 4, 20):
+        out = fastops.int4_linear(x[:m], w, activations="bfloat16")
+        torch.testing.assert_close(out, fastops.int4_linear(x[:m].bfloat16().float(), w), atol=1e-5, rtol=1e-5)
+        assert not torch.equal(out, fastops.int4_linear(x[:m], w))
 
 
 def test_many_rows(isa):
@@ -82,20 +101,27 @@ def test_many_rows(isa):
 @pytest.mark.parametrize("m", [3, 15, 16, 17, 31, 49, 257, 259])
 def test_rows_that_do_not_fill_a_tile(isa, dtype, group, m):
     w = random_weight(88, 384, group, "zeros")
-    for activations in ("float", "int8"):
+    for activations in MODES:
         check(torch.randn(m, 384).to(dtype), w, None, activations)
 
 
-@pytest.mark.parametrize("m", [1, 3, 20])
-def test_numbers_of_any_size(isa, m):
-    """fp32 is multiplied in parts somewhere: the sum must be all of it, and an infinity must not become NaN."""
-    w = random_weight(48, 128, 32)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("activations", ["float", "bfloat16"])
+@pytest.mark.parametrize("m", [1, 3, 20, 50])
+def test_numbers_of_any_size(isa, activations, m, bits):
+    """x and weights are multiplied in parts somewhere: the sum must be all of it, an infinity must not become NaN."""
+    w = random_weight(48, 128, 32, scale_dtype=torch.float16)
+    if bits == 8:
+        w = fastops.int4.quantize(torch.randn(48, 128), 32, bits=8)
     x = torch.randn(m, 128) * 10.0 ** torch.randint(-30, 30, (m, 1))
-    out, exact = fastops.int4_linear(x, w), reference(x.double(), w)
+    out = fastops.int4_linear(x, w, activations=activations)
+    exact = reference(x.double(), w, activations=activations)
     assert ((out - exact).abs().amax(-1) <= 1e-5 * exact.abs().amax(-1)).all()
+    if bits == 8:
+        return  # (two planes: an infinity meets two numbers for each weight, maybe of two signs)
     x = torch.randn(m, 128)
     x[0, 5] = float("inf")
-    out = fastops.int4_linear(x, w)[0]
+    out = fastops.int4_linear(x, w, activations=activations)[0]
     column = w.dequantize(torch.float32)[:, 5]
     assert torch.isnan(out[column == 0]).all()
     assert torch.equal(out[column != 0], column[column != 0].sign() * torch.tensor(float("inf")))
@@ -110,7 +136,7 @@ def test_random_shapes(m, n, words, dtype, kind, perm, seed, data):
     torch.manual_seed(seed)
     group = data.draw(st.sampled_from([d * 8 for d in range(1, words + 1) if words % d == 0]))
     w = random_weight(n * 8, words * 8, group, kind, perm)
-    check(torch.randn(m, words * 8).to(dtype), w, None, data.draw(st.sampled_from(["float", "int8"])))
+    check(torch.randn(m, words * 8).to(dtype), w, None, data.draw(st.sampled_from(list(MODES))))
 
 
 def test_leading_dimensions_strides_and_out(isa):
@@ -129,7 +155,7 @@ def test_leading_dimensions_strides_and_out(isa):
     assert fastops.int4_linear(torch.randn(0, 64), w).shape == (0, 24)
 
 
-@pytest.mark.parametrize("activations", ["float", "int8"])
+@pytest.mark.parametrize("activations", MODES)
 @pytest.mark.parametrize("m", [1, 3, 20])
 def test_same_bits_for_any_number_of_threads(isa, activations, m):
     w, x = random_weight(1000, 256, 64, "zeros"), torch.randn(m, 256)
@@ -145,7 +171,7 @@ def test_same_bits_for_any_number_of_threads(isa, activations, m):
     assert torch.equal(results[0], results[2])
 
 
-@pytest.mark.parametrize("activations", ["float", "int8"])
+@pytest.mark.parametrize("activations", MODES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("m", "n", "k", "group"), [
@@ -180,7 +206,7 @@ def test_parts_of_k_need_many_features(isa):
         assert torch.equal(*results) != differs
 
 
-@pytest.mark.parametrize("activations", ["float", "int8"])
+@pytest.mark.parametrize("activations", MODES)
 def test_nan_and_inf_stay_in_their_row(isa, activations):
     w = random_weight(24, 64, 32, "zeros")
     for m in (3, 8):
@@ -209,8 +235,8 @@ def test_stays_inside_its_tensors(isa, dtype, m, end):
         "bias": guarded(torch.randn(40), end),
     }
     out = guarded(torch.zeros(m, 40, dtype=dtype), end)
-    for int8 in (False, True):
-        _ops.ops.int4_linear_out(*args, **options, int8=int8, out=out)
+    for activations in range(3):
+        _ops.ops.int4_linear_out(*args, **options, activations=activations, out=out)
         assert torch.isfinite(out).all()
 
 
@@ -253,7 +279,7 @@ def test_packing_keeps_every_code(n, k):
     (lambda w, x: fastops.int4_linear(x, w.dequantize()), TypeError, "weight must be an Int4Weight, got Tensor"),
     (lambda w, x: fastops.int4_linear(x[:, :56], w), ValueError, "its last dimension must be K = 64"),
     (lambda w, x: fastops.int4_linear(x.int(), w), TypeError, "x is int32, allowed: float32"),
-    (lambda w, x: fastops.int4_linear(x, w, activations="fp8"), ValueError, "activations is 'fp8', allowed: float, int8"),
+    (lambda w, x: fastops.int4_linear(x, w, activations="fp8"), ValueError, "activations is 'fp8', allowed: float, int8, bfloat16"),
     (lambda w, x: fastops.int4_linear(x, w, torch.zeros(23)), ValueError, "bias has shape [23], must be [24]"),
     (lambda w, x: fastops.int4_linear(x, w, torch.zeros(24).int()), TypeError, "bias is int32"),
     (lambda w, x: fastops.int4_linear(x, w, out=torch.zeros(3, 23)), ValueError, "out has shape [3, 23]"),
@@ -285,7 +311,7 @@ def test_the_operator_refuses(change, words):
     assert words in str(caught.value)
 
 
-@pytest.mark.parametrize("mode", ["float", "int8"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("m", [1, 3, 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_two_planes_are_8_bit_weights(isa, mode, m, dtype):

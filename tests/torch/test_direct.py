@@ -55,8 +55,10 @@ def calls():
     packed, bias = weight.packed(), torch.randn(24, generator=g)
     yield (
         "int4_linear",
-        (x.view(2, 3, 64), *packed.arguments, bias, True, None),
-        lambda: ops.int4_linear(x, packed.codes, packed.scales, 24, **packed.rest, bias=bias, int8=True).view(2, 3, 24),
+        (x.view(2, 3, 64), *packed.arguments, bias, 1, None),
+        lambda: ops.int4_linear(x, packed.codes, packed.scales, 24, **packed.rest, bias=bias, activations=1).view(
+            2, 3, 24
+        ),
     )
     a, b, c = torch.randn(2, 3, 4, 64, generator=g), torch.randn(2, 9, 2, 64, generator=g), torch.randn(2, 9, 2, 32)
     slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625])
@@ -222,7 +224,7 @@ def test_products_take_rows_without_a_copy_only(x):
     weight = fastops.int4.quantize(torch.randn(16, 64), group_size=32)
 
     def product(x, out=None):
-        return C.direct_int4_linear(x, *weight.packed().arguments, None, False, out)
+        return C.direct_int4_linear(x, *weight.packed().arguments, None, 0, out)
 
     expected = product(x)
     assert torch.equal(product(x.view(2, 2, 64)), expected.view(2, 2, 16))

@@ -37,8 +37,8 @@ CASES = {
     "int4_linear_24": (O.int4_linear.default, (torch.randn(5, 128), O.int4_pack24(CODES, CODES[:, :16] | 0x44), INT4[1], 24), {}),
     "int4_linear_columns": (O.int4_linear.default, (torch.randn(5, 64), *INT4, 24), {"column_scales": torch.rand(1, 64), "column_zeros": torch.rand(1, 64)}),
     "int4_linear": (O.int4_linear.default, (torch.randn(5, 64), *INT4, 24), {"zeros": INT4[1], "bias": torch.randn(24)}),
-    "int4_linear_int8": (O.int4_linear.default, (torch.randn(2, 64), *INT4, 24), {"mins": INT4[1], "int8": True}),
-    "int4_linear_eight": (O.int4_linear.default, (torch.randn(5, 32), *INT4, 24), {"int8": True, "eight": True}),
+    "int4_linear_int8": (O.int4_linear.default, (torch.randn(2, 64), *INT4, 24), {"mins": INT4[1], "activations": 1}),
+    "int4_linear_eight": (O.int4_linear.default, (torch.randn(5, 32), *INT4, 24), {"activations": 1, "eight": True}),
     "int4_linear_out": (O.int4_linear_out.default, (torch.randn(5, 64), *INT4), {"out": torch.empty(5, 24)}),
     "lut_linear": (O.lut_linear.default, (torch.randn(5, 64), CODES.view(24, 2, 16), torch.randn(24, 16)), {"bias": torch.randn(24)}),
     "lut_linear_out": (

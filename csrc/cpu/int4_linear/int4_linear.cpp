@@ -76,6 +76,9 @@ fastops_status check(const fastops_int4_linear_desc& d, Int4Params* p, char* mes
   if (planes < 1 || K % features != 0 || K > INT32_MAX)
     REFUSE(FASTOPS_ERR_VALUE, "int4_linear: codes have %lld columns, must be x's %lld, or several times that", Int{K},
            Int{features});
+  if (d.activations < FASTOPS_ACTIVATIONS_FLOAT || d.activations > FASTOPS_ACTIVATIONS_BF16)
+    REFUSE(FASTOPS_ERR_VALUE, "int4_linear: activations is %d, must be 0 (float), 1 (int8) or 2 (bfloat16)",
+           d.activations);
   if (d.codes.dtype != FASTOPS_U8) REFUSE(FASTOPS_ERR_TYPE, "int4_linear: codes must be uint8");
   const bool sparse = d.codes.ndim == 4 && d.codes.size[3] == kInt4Word24 / kInt4Block;
   const int64_t codes_size[4] = {blocks, K / 8, kInt4Block, sparse ? 3 : 4};
@@ -168,9 +171,11 @@ fastops_status check(const fastops_int4_linear_desc& d, Int4Params* p, char* mes
   p->scale_dtype = d.scales.dtype;
   p->perm = static_cast<const int32_t*>(d.perm.data);
   p->bias = static_cast<const float*>(d.bias.data);
-  p->int8 = d.int8 != 0;
+  p->int8 = d.activations == FASTOPS_ACTIVATIONS_INT8;
+  p->rounded = d.activations == FASTOPS_ACTIVATIONS_BF16;
   p->eight = d.eight != 0;
   p->many = M > kInt4FewRows;
+  p->wide = M >= kInt4ManyRows;
   return FASTOPS_OK;
 }
 
@@ -355,6 +360,7 @@ extern "C" fastops_status fastops_int4_linear(const fastops_int4_linear_desc* de
   const int64_t rows = p.M, x_bytes = p.x_sm * size_of(p.dtype), out_bytes = p.out_sm * size_of(p.out_dtype);
   for (int64_t row = 0; row < rows; row += p.M, p.x += p.M * x_bytes, p.out += p.M * out_bytes) {
     p.M = block_rows(rows - row);
+    p.wide = p.M >= kInt4ManyRows;
     const int64_t batch = slices_at_once(p);
     for (int64_t slice = 0; slice < p.slices; slice += batch) {
       const int64_t slices = p.slices - slice < batch ? p.slices - slice : batch;

@@ -10,6 +10,7 @@ constexpr int kInt4Block = 16;      // output features that lie together in the 
 constexpr int kInt4Panel = 64;      // output features expanded together
 constexpr int kInt4StreamRows = 4;  // up to so many rows of x read the codes as they stream by
 constexpr int kInt4FewRows = 2;     // up to so many are not worth a tile
+constexpr int kInt4ManyRows = 48;   // from so many on codes may be expanded at length
 constexpr int kInt4Near = 1024;     // bytes the prefetch of codes that tiles multiply runs ahead
 constexpr int kInt4Units = 128;     // 32-bit units of K that a panel expands at a time: 32 KiB
 constexpr int kInt4RowBlock = 256;  // rows of x at a time: panels are expanded once for each such block
@@ -36,7 +37,9 @@ struct Int4Params {
   int64_t slices;                             // 1 without column_scales
   const float* bias;
   bool int8, eight;
-  bool many;  // rows of the whole call: more than kInt4FewRows
+  bool rounded;  // x, times column_scales, to bf16
+  bool many;     // rows of the whole call: more than kInt4FewRows
+  bool wide;     // rows of the block: at least kInt4ManyRows
   // Filled by the C API inside the workspace: x as the kernels read it.
   char* a;  // [M][a_row] bytes
   int64_t a_row;
@@ -65,11 +68,13 @@ inline int64_t int4_item_panels(int64_t M, int64_t N) {
 }
 // Rows of products a panel makes at once.
 inline int64_t int4_product_rows(int64_t M) { return M < 32 ? 32 : M; }
+// Rows of totals: tiles write whole multiples.
+inline int64_t int4_total_rows(int64_t M) { return (M + 15) / 16 * 16; }
 // Floats of scratch a worker needs: an expanded panel, products of one group, sums over groups.
 inline int64_t int4_scratch(int64_t M, int64_t N) {
   return M <= kInt4StreamRows
              ? 0
-             : kInt4Units * kInt4Panel + (int4_product_rows(M) + int4_item_panels(M, N) * M) * kInt4Panel;
+             : (kInt4Units + int4_product_rows(M) + int4_item_panels(M, N) * int4_total_rows(M)) * kInt4Panel;
 }
 
 FASTOPS_DECLARE_ANY_TABLES(Int4Table, int4_table)

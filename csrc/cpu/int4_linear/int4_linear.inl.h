@@ -48,12 +48,23 @@ FASTOPS_INLINE vf load_scale(const char* p, int32_t dtype, int64_t i) {
   return dtype == FASTOPS_F32 ? load_as<float>(p, i) : dtype == FASTOPS_F16 ? load_as<f16>(p, i) : load_as<bf16>(p, i);
 }
 
+// Whether panels multiply two planes as one of 8 bits: 16 high + low, from 0 to 255, is 136 more than the weight. Where
+// the integer product takes unsigned bytes of any size; or as bf16 on tiles, less 136.
+FASTOPS_INLINE bool joined(const Int4Params& p) {
+#if defined(FASTOPS_HAS_VNNI)
+  return p.eight && (p.int8 || is_tiled(p));
+#else
+  (void)p;
+  return false;
+#endif
+}
+
 Mode mode_of(const Int4Params& p) {
-  if (p.int8) return Mode::int8;
+  if (p.int8 && !is_scaled(p)) return Mode::int8;
 #if defined(FASTOPS_HAS_AMX)  // (whose processors multiply vectors of fp32 faster than those of bf16)
   if (is_tiled(p)) return Mode::bf16;
 #elif defined(FASTOPS_HAS_BF16_DOT)
-  if (p.dtype == FASTOPS_BF16 && p.column_scales == nullptr) return Mode::bf16;
+  if (p.rounded || (p.dtype == FASTOPS_BF16 && p.column_scales == nullptr)) return Mode::bf16;
 #endif
   return Mode::f32;
 }
@@ -66,7 +77,7 @@ int64_t plane_bytes(const Int4Params& p) {
 }
 int64_t row_bytes(const Int4Params& p) {
   const Mode mode = mode_of(p);
-  if (mode == Mode::f32 && p.M <= kInt4StreamRows && p.dtype == FASTOPS_F32 && p.perm == nullptr &&
+  if (mode == Mode::f32 && p.M <= kInt4StreamRows && !p.rounded && p.dtype == FASTOPS_F32 && p.perm == nullptr &&
       p.column_scales == nullptr && p.K == p.features)
     return 0;
   return planes_of(p) * plane_bytes(p);
@@ -94,11 +105,16 @@ void gather_features(const Int4Params& p, int64_t row, int64_t k, int n, float* 
   if (p.dtype == FASTOPS_F16) convert(reinterpret_cast<const f16*>(p.x));
   if (p.dtype == FASTOPS_BF16) convert(reinterpret_cast<const bf16*>(p.x));
 }
-// The same times what the columns carry.
+// The same times what the columns carry, rounded where that is asked for.
 void read_features(const Int4Params& p, int64_t row, int64_t k, int n, float* to) {
   gather_features(p, row, k, n, to);
   if (p.column_scales)
     for (int i = 0; i < n; ++i) to[i] *= p.column_scales[k + i];
+  if (!p.rounded) return;
+  bf16 x[W];
+  int i = 0;
+  for (; i + W <= n; i += W) vstore(x, vload(to + i)), vstore(to + i, vload(x));
+  if (i < n) vstoren(x, vloadn(to + i, n - i), n - i), vstoren(to + i, vloadn(x, n - i), n - i);
 }
 
 // Row `row` of x as the products read it, and its sums over groups where something is multiplied with them.
@@ -108,7 +124,7 @@ void prepare(const Int4Params& p, int64_t row) {
   char* a = p.a ? p.a + row * p.a_row : nullptr;
   float buffer[kChunk], inverse = 0.0f;
   const auto chunk = [](int64_t at, int64_t end) { return static_cast<int>(end - at < kChunk ? end - at : kChunk); };
-  if (mode == Mode::int8) {  // x = row_scale * code, |code| <= 127. A row with an inf or NaN becomes NaN.
+  if (p.int8) {  // x = row_scale * code, |code| <= 127. A row with an inf or NaN becomes NaN.
     vf top = vzero(), poison = vzero();
     const int64_t columns = p.perm || p.column_scales ? p.K : p.features;  // planes read the same again
     for (int64_t k = 0, n = 0; k < columns; k += n) {
@@ -124,34 +140,35 @@ void prepare(const Int4Params& p, int64_t row) {
     p.row_scale[row] = most / 127.0f + bad;
     inverse = most > 0.0f && bad == 0.0f ? 127.0f / most : 0.0f;
   }
-  const bool summed = p.summed();
+  const bool summed = p.summed(), once = p.M > kInt4StreamRows && joined(p);  // both planes are read as one then
   const float centre = mode == Mode::int8 ? 0.0f : 8.0f;
   const auto weigh = [&](vf v, int64_t k, int left) FASTOPS_LAMBDA {  // what a column's zero makes of x
     if (p.column_zeros == nullptr) return v;
     const float* zero = p.column_zeros + k;
     return vmul(v, vsub(left >= W ? vload(zero) : vloadn(zero, left), vset(centre)));
   };
-  for (int64_t g = 0; g < p.groups; ++g) {
+  for (int64_t g = 0; g < (once ? p.groups / 2 : p.groups); ++g) {
     vf sum = vzero();
     const int64_t end = (g + 1) * p.group;
     for (int64_t k = g * p.group; k < end; k += kChunk) {
       const int n = chunk(k, end);
       read_features(p, row, k, n, buffer);
-      if (mode == Mode::int8) {
-        int8_t codes[kChunk + W];
-        for (int i = 0; i < n; i += W) {
-          vf v = n - i >= W ? vload(buffer + i) : vloadn(buffer + i, n - i);
-          v = vround(vmul(v, vset(inverse)));
-          v = inverse == 0.0f ? vzero() : v;
-          vstore_i8(codes + i, v);
-          sum = vadd(sum, weigh(v, k + i, n - i));
+      int8_t codes[kChunk + W];
+      for (int i = 0; summed && i < n; i += W) {
+        vf v = n - i >= W ? vload(buffer + i) : vloadn(buffer + i, n - i);
+        if (p.int8) {
+          v = inverse == 0.0f ? vzero() : vround(vmul(v, vset(inverse)));
+          if (mode == Mode::int8)
+            vstore_i8(codes + i, v);
+          else
+            vstore(buffer + i, v);
         }
+        sum = vadd(sum, weigh(v, k + i, n - i));
+      }
+      if (mode == Mode::int8) {
         std::memcpy(a + k, codes, static_cast<size_t>(n));
         continue;
       }
-      if (summed)
-        for (int i = 0; i < n; i += W)
-          sum = vadd(sum, weigh(n - i >= W ? vload(buffer + i) : vloadn(buffer + i, n - i), k + i, n - i));
       if (mode == Mode::f32 && a) std::memcpy(reinterpret_cast<float*>(a) + k, buffer, static_cast<size_t>(n) * 4);
 #if defined(FASTOPS_HAS_AMX)
       if (is_tiled(p)) {
@@ -188,6 +205,34 @@ namespace fastops::cpu::FASTOPS_ISA {
 namespace {
 
 // ---- panel ---------------------------------------------------------------------------------------------------------
+
+// Features of a panel, in whole blocks.
+int panel_columns(const Int4Params& p, int64_t panel) {
+  const int64_t blocks = (p.N + kInt4Block - 1) / kInt4Block - panel * (kInt4Panel / kInt4Block);
+  return static_cast<int>(blocks < kInt4Panel / kInt4Block ? blocks * kInt4Block : kInt4Panel);
+}
+
+// The outputs of panels, whose totals stand `size` floats apart.
+void finish_panels(const Int4Params& p, int64_t panel0, int64_t panel_end, const float* totals, int64_t size) {
+  for (int64_t panel = panel0; panel < panel_end; ++panel, totals += size) {
+    const int columns = panel_columns(p, panel);
+    for (int r = 0; r < p.M; ++r) {
+      for (int c = 0; c < columns; c += kInt4Block) {
+        vf values[kNV16];
+        for (int v = 0; v < kNV16; ++v) values[v] = vload(totals + r * kInt4Panel + c + v * W);
+        finish(p, r, panel * kInt4Panel + c, values);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace fastops::cpu::FASTOPS_ISA
+
+#include "cpu/int4_linear/int4_linear_tile_panels.inl.h"
+
+namespace fastops::cpu::FASTOPS_ISA {
+namespace {
 
 // Units [u0, u0 + n) of 64 features, as gemm reads them: [n][64]. A unit is one weight (f32, scaled), or two or four
 // codes (scaled after the product).
@@ -242,18 +287,6 @@ void expand(const Int4Params& p, int64_t panel, int64_t word0, int64_t words, fl
   }
 }
 
-// Whether two planes can be multiplied as one of 8 bits: 16 high + low, from 0 to 255, is 136 more than the weight.
-// Only where the integer product takes unsigned bytes of any size.
-template <Mode mode>
-FASTOPS_INLINE bool joined(const Int4Params& p) {
-#if defined(FASTOPS_HAS_VNNI)
-  return mode == Mode::int8 && p.eight;
-#else
-  (void)p;
-  return false;
-#endif
-}
-
 // As expand<Mode::int8>, both planes at once.
 void expand_joined(const Int4Params& p, int64_t panel, int64_t word0, int64_t words, float* to) {
   const int64_t blocks = (p.N + kInt4Block - 1) / kInt4Block, plane = p.K / 16 * 64;
@@ -272,6 +305,16 @@ void expand_joined(const Int4Params& p, int64_t panel, int64_t word0, int64_t wo
   }
 }
 
+template <Mode mode>
+void expand_any(const Int4Params& p, int64_t panel, int64_t word0, int64_t words, float* to) {
+#if defined(FASTOPS_HAS_AMX)
+  if constexpr (mode == Mode::bf16)
+    if (joined(p)) return expand_joined_pairs(p, panel, word0, words, to);
+#endif
+  if (joined(p)) return expand_joined(p, panel, word0, words, to);
+  (p.word_bytes == kInt4Word24 ? expand<mode, true> : expand<mode, false>)(p, panel, word0, words, to);
+}
+
 // total += scale * products; where the group begins also its offset times the sum of x over the group.
 template <Mode mode>
 void add_group(const Int4Params& p, int64_t panel, int64_t g, bool begins, int row0, int rows, int columns,
@@ -279,11 +322,11 @@ void add_group(const Int4Params& p, int64_t panel, int64_t g, bool begins, int r
   const bool shifted = begins && p.summed();
   for (int c = 0; c < columns; c += W) {
     const int64_t block = panel * (kInt4Panel / kInt4Block) + c / kInt4Block;
-    const bool both = joined<mode>(p);  // the second plane's scale then
+    const bool both = joined(p);  // the second plane's scale then
     const int64_t at = (block * p.groups + g + (both ? p.groups / 2 : 0)) * kInt4Block + c % kInt4Block;
     const vf scale = load_scale(p.scales, p.scale_dtype, at);
     const vf offset = !shifted ? vzero()
-                      : both   ? vmul(vset(136.0f), scale)
+                      : both   ? vmul(vset(mode == Mode::int8 ? 136.0f : 0.0f), scale)
                                : offset_of(p, at, scale, mode != Mode::int8);
     for (int r = 0; r < rows; ++r) {
       vf x = vload(products + r * kInt4Panel + c);
@@ -300,15 +343,11 @@ void expanded_panels(const Int4Params& p, int64_t panel0, int64_t panel_end, flo
   constexpr int kPerWord = mode == Mode::f32 ? 8 : mode == Mode::bf16 ? 4 : 2;  // units
   constexpr int64_t kWords = kInt4Units / kPerWord;
   const int rows = static_cast<int>(p.M);
-  const int64_t size = static_cast<int64_t>(rows) * kInt4Panel, lda = p.a_row / 4;
+  const int64_t size = int4_total_rows(rows) * kInt4Panel, lda = p.a_row / 4;
   float *expanded = scratch, *products = expanded + kInt4Units * kInt4Panel;
   float* totals = products + int4_product_rows(rows) * kInt4Panel;
   std::memset(totals, 0, sizeof(float) * static_cast<size_t>(size * (panel_end - panel0)));
-  const auto columns_of = [&](int64_t panel) {
-    const int64_t blocks = (p.N + kInt4Block - 1) / kInt4Block - panel * (kInt4Panel / kInt4Block);
-    return static_cast<int>(blocks < kInt4Panel / kInt4Block ? blocks * kInt4Block : kInt4Panel);
-  };
-  const bool both = joined<mode>(p);
+  const bool both = joined(p);
   const int64_t all = p.K / (both ? 16 : 8);
   for (int64_t word = 0; word < all;) {
     int64_t words = all - word < kWords ? all - word : kWords;
@@ -318,11 +357,8 @@ void expanded_panels(const Int4Params& p, int64_t panel0, int64_t panel_end, flo
     const int units = static_cast<int>(words * kPerWord);
     for (int64_t panel = panel0; panel < panel_end; ++panel) {
       float* total = totals + (panel - panel0) * size;
-      const int columns = columns_of(panel);
-      if (both)
-        expand_joined(p, panel, word, words, expanded);
-      else
-        (p.word_bytes == kInt4Word24 ? expand<mode, true> : expand<mode, false>)(p, panel, word, words, expanded);
+      const int columns = panel_columns(p, panel);
+      expand_any<mode>(p, panel, word, words, expanded);
       if constexpr (mode == Mode::f32) {
         gemm<Dot>(a, lda, expanded, kInt4Panel, total, kInt4Panel, rows, columns, units, true);
       } else {
@@ -353,16 +389,7 @@ void expanded_panels(const Int4Params& p, int64_t panel0, int64_t panel_end, flo
     }
     word += words;
   }
-  for (int64_t panel = panel0; panel < panel_end; ++panel) {
-    const float* total = totals + (panel - panel0) * size;
-    for (int r = 0; r < rows; ++r) {
-      for (int c = 0; c < columns_of(panel); c += kInt4Block) {
-        vf values[kNV16];
-        for (int v = 0; v < kNV16; ++v) values[v] = vload(total + r * kInt4Panel + c + v * W);
-        finish(p, r, panel * kInt4Panel + c, values);
-      }
-    }
-  }
+  finish_panels(p, panel0, panel_end, totals, size);
 }
 
 // ---- choice --------------------------------------------------------------------------------------------------------
@@ -399,6 +426,7 @@ void int4_stream(const Int4Params& p, int64_t first, int64_t end, int64_t part, 
 void int4_panels(const Int4Params& p, int64_t first, int64_t end, float* scratch) {
 #if defined(FASTOPS_HAS_AMX)
   [[maybe_unused]] const TileScope tiles;
+  if (is_scaled(p)) return scaled_panels(p, first, end, scratch);
 #endif
   in_mode_of(p, [&](auto is) {
     using Is = decltype(is);

@@ -10,8 +10,13 @@ bool is_tiled(const Int4Params& p) { return p.group % 32 == 0 && p.many; }
 
 // Parts of a number of x.
 int planes_of(const Int4Params& p) {
-  if (p.int8 || !is_tiled(p)) return 1;
+  if (p.int8 || p.rounded || !is_tiled(p)) return 1;
   return p.column_scales || p.dtype == FASTOPS_F32 ? 3 : p.dtype == FASTOPS_F16 ? 2 : 1;
+}
+
+// Whether panels take scaled weights in two parts (int4_linear_tile_panels.inl.h).
+bool is_scaled(const Int4Params& p) {
+  return is_tiled(p) && p.wide && p.group < 64 && p.scale_dtype != FASTOPS_F32 && !p.eight && planes_of(p) == 1;
 }
 
 // n numbers (a multiple of 8) as so many bf16 that add up to them, `step` bytes apart, in the order of kOrder.
@@ -75,6 +80,8 @@ FASTOPS_INLINE void tile_words(const uint8_t* codes, int64_t n, const char* a, i
   each_of<4>(add);
 }
 #else
+[[maybe_unused]] bool is_tiled(const Int4Params&) { return false; }
+bool is_scaled(const Int4Params&) { return false; }
 int planes_of(const Int4Params&) { return 1; }
 #endif
 

@@ -181,7 +181,7 @@ struct NoStep {
 template <class Dot, int kA = 1, int kB = 1, bool kAll = false, class Step = NoStep>
 void tile_gemm(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int M, int N, int K,
                bool add, Parts parts = Parts(), const Step& step = Step()) {
-  static_assert((kB == 1 || kA == kB) && (!kAll || kA == 2), "the order of products");
+  static_assert((kB == 1 || kA == kB || (kA == 1 && kB == 2)) && (!kAll || kA == 2), "the order of products");
   for (int i = 0; i < M; i += 32) {
     const float* rows = a + i * lda;
     float* to = c + i * ldc;

@@ -56,7 +56,10 @@ bool check(const fastops_int4_linear_desc& d, Int4Args* a, Checks& c) {
   constexpr int64_t kMost = INT32_MAX - 1024;
   if (d.x.size[0] > kMost || N > kMost || K > kMost) return refuse(c, "more than 2^31 rows, features or columns");
   if (d.x.dtype == FASTOPS_F32) return refuse(c, "x is float32 (the kernel takes float16, bfloat16)");
-  if (d.int8 && K != Kx && Kx % 16 != 0) return refuse(c, "int8 activations and planes of no multiple of 16 columns");
+  const bool int8 = d.activations == FASTOPS_ACTIVATIONS_INT8;
+  if (d.activations != FASTOPS_ACTIVATIONS_FLOAT && !int8 && d.x.dtype != FASTOPS_BF16)
+    return refuse(c, "activations rounded to bfloat16: give x in bfloat16");
+  if (int8 && K != Kx && Kx % 16 != 0) return refuse(c, "int8 activations and planes of no multiple of 16 columns");
   if (given(d.perm)) return refuse(c, "a permutation: gather the columns of x first");
   if (groups > 1 && K / groups % 32 != 0) return refuse(c, "groups that are not a multiple of 32 columns");
   if (reinterpret_cast<uintptr_t>(d.x.data) % 16 != 0 || d.x.stride[0] % 8 != 0 || Kx % 8 != 0 ||
@@ -105,7 +108,7 @@ fastops_status plan_of(const fastops_int4_linear_desc& d, fastops_cuda_env* env,
   Checks c("int4_linear", env->message);
   Int4Args& a = plan->a;
   if (!check(d, &a, c)) return c.status();
-  plan->int8 = d.int8 != 0;
+  plan->int8 = d.activations == FASTOPS_ACTIVATIONS_INT8;
   plan->hopper =
       int4_use_hopper(device.sm90a && !plan->int8 && !a.sparse, a.M, a.K, a.Kx, a.group_size) &&
       tensor_map({a.x, {a.Kx, a.M, 1, 1}, {a.ldx, 8, 8}, kInt4HopperRows / int4_hopper_cluster(a.N)}, env, &plan->x);

@@ -222,11 +222,16 @@ FASTOPS_API fastops_status fastops_int4_pack24(const fastops_tensor* codes, cons
  * times column_scales[s,k] where given, with s = n / (N / slices): groups along the outputs of one input (AdaDim).
  * The codes may have P times as many columns as x, P planes that add up: column k belongs to feature k modulo x's
  * columns. Two planes, one of them with 16 times the other's scales, are 8-bit weights.
- * int8 = 0: x as it is, sums in fp32. int8 = 1: each row of x is rounded to int8 (absmax / 127) and products are
- * integer. */
+ * activations: x (times column_scales) as it is; or each row of it is rounded to int8 (absmax / 127) and products are
+ * integer; or each number is rounded to bf16. Sums of floating products are fp32. */
+typedef enum fastops_activations {
+  FASTOPS_ACTIVATIONS_FLOAT = 0,
+  FASTOPS_ACTIVATIONS_INT8 = 1,
+  FASTOPS_ACTIVATIONS_BF16 = 2,
+} fastops_activations;
 typedef struct fastops_int4_linear_desc {
   uint32_t struct_size;
-  int32_t int8;
+  int32_t activations;
   fastops_tensor x;      /* [M, K / P] fp32, fp16, bf16; K / P a multiple of 8 */
   fastops_tensor out;    /* [M, N] x's dtype, or fp32 */
   fastops_tensor codes;  /* packed, K columns; with 2:4 sparse ones none of zeros, mins, column_zeros */
