@@ -119,19 +119,19 @@ void read_features(const Int4Params& p, int64_t row, int64_t k, int n, float* to
 
 // Row `row` of x as the products read it, and its sums over groups where something is multiplied with them.
 void prepare(const Int4Params& p, int64_t row) {
-  constexpr int kChunk = 256;
+  constexpr int64_t kChunk = 256;  // columns at a time, of one plane
   const Mode mode = mode_of(p);
   char* a = p.a ? p.a + row * p.a_row : nullptr;
   float buffer[kChunk], inverse = 0.0f;
-  const auto chunk = [](int64_t at, int64_t end) { return static_cast<int>(end - at < kChunk ? end - at : kChunk); };
+  const auto chunk = [](int64_t at, int64_t end) { return end - at < kChunk ? end - at : kChunk; };
   if (p.int8) {  // x = row_scale * code, |code| <= 127. A row with an inf or NaN becomes NaN.
     vf top = vzero(), poison = vzero();
     const int64_t columns = p.perm || p.column_scales ? p.K : p.features;  // planes read the same again
     for (int64_t k = 0, n = 0; k < columns; k += n) {
       n = chunk(k, (k / p.features + 1) * p.features);  // a plane at a time
-      read_features(p, row, k, n, buffer);
-      for (int i = 0; i < n; i += W) {
-        const vf v = n - i >= W ? vload(buffer + i) : vloadn(buffer + i, n - i);
+      read_features(p, row, k, static_cast<int>(n), buffer);
+      for (int64_t i = 0; i < n; i += W) {
+        const vf v = n - i >= W ? vload(buffer + i) : vloadn(buffer + i, static_cast<int>(n - i));
         top = vmax(vabs(v), top);
         poison = vfma(v, vzero(), poison);
       }
@@ -147,39 +147,38 @@ void prepare(const Int4Params& p, int64_t row) {
     const float* zero = p.column_zeros + k;
     return vmul(v, vsub(left >= W ? vload(zero) : vloadn(zero, left), vset(centre)));
   };
-  for (int64_t g = 0; g < (once ? p.groups / 2 : p.groups); ++g) {
-    vf sum = vzero();
-    const int64_t end = (g + 1) * p.group;
-    for (int64_t k = g * p.group; k < end; k += kChunk) {
-      const int n = chunk(k, end);
-      read_features(p, row, k, n, buffer);
-      int8_t codes[kChunk + W];
-      for (int i = 0; summed && i < n; i += W) {
-        vf v = n - i >= W ? vload(buffer + i) : vloadn(buffer + i, n - i);
-        if (p.int8) {
-          v = inverse == 0.0f ? vzero() : vround(vmul(v, vset(inverse)));
-          if (mode == Mode::int8)
-            vstore_i8(codes + i, v);
-          else
-            vstore(buffer + i, v);
-        }
-        sum = vadd(sum, weigh(v, k + i, n - i));
-      }
-      if (mode == Mode::int8) {
-        std::memcpy(a + k, codes, static_cast<size_t>(n));
-        continue;
-      }
-      if (mode == Mode::f32 && a) std::memcpy(reinterpret_cast<float*>(a) + k, buffer, static_cast<size_t>(n) * 4);
-#if defined(FASTOPS_HAS_AMX)
-      if (is_tiled(p)) {
-        store_planes(buffer, n, a + k * 2, plane_bytes(p), planes_of(p));
-        continue;
-      }
-#endif
-      if (mode == Mode::bf16)  // exact: these numbers were bf16 before
-        for (int i = 0; i < n; ++i) from_f32(buffer[i], reinterpret_cast<bf16*>(a) + k + i / 8 * 8 + kOrder[i % 8]);
+  const int64_t columns = once ? p.K / 2 : p.K;
+  int64_t g = 0, group_end = p.group;
+  vf sum = vzero();
+  for (int64_t k = 0, n = 0; k < columns; k += n) {
+    n = chunk(k, (k / p.features + 1) * p.features);
+    read_features(p, row, k, static_cast<int>(n), buffer);
+    const auto at = [&](int64_t i, int64_t end) FASTOPS_LAMBDA {
+      return end - i >= W ? vload(buffer + i) : vloadn(buffer + i, static_cast<int>(end - i));
+    };
+    for (int64_t i = 0; p.int8 && i < n; i += W)
+      vstore(buffer + i, inverse == 0.0f ? vzero() : vround(vmul(at(i, n), vset(inverse))));
+    for (int64_t i = 0; summed && i < n;) {
+      const int64_t end = group_end - k < n ? group_end - k : n;
+      for (; i < end; i += W) sum = vadd(sum, weigh(at(i, end), k + i, static_cast<int>(end - i)));
+      i = end;
+      if (k + end < group_end) break;
+      p.sums[row * p.groups + g++] = vsum(sum);
+      group_end += p.group;
+      sum = vzero();
     }
-    if (summed) p.sums[row * p.groups + g] = vsum(sum);
+    if (mode == Mode::int8) {
+      int8_t codes[kChunk];
+      for (int64_t i = 0; i < n; i += W) vstore_i8(codes + i, at(i, n));
+      std::memcpy(a + k, codes, static_cast<size_t>(n));
+    }
+    if (mode == Mode::f32 && a) std::memcpy(reinterpret_cast<float*>(a) + k, buffer, static_cast<size_t>(n) * 4);
+#if defined(FASTOPS_HAS_AMX)
+    if (mode == Mode::bf16) store_planes(buffer, static_cast<int>(n), a + k * 2, plane_bytes(p), planes_of(p));
+#else
+    if (mode == Mode::bf16)  // exact: these numbers were bf16 before
+      for (int64_t i = 0; i < n; ++i) from_f32(buffer[i], reinterpret_cast<bf16*>(a) + k + i / 8 * 8 + kOrder[i % 8]);
+#endif
   }
 }
 
