@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import fastops
-from fastops import kv
+from fastops import _ops, kv
 
 from ..case import DTYPES, Case
 from ..shapes import BARS, Shape
@@ -65,7 +65,7 @@ def _case(s: Shape, name: str, shuffled: bool) -> Case:
 
 
 def _quantised(s: Shape, name: str) -> Case:
-    """A quantised cache against our own decode of the same keys in bf16."""
+    """A quantised cache against our own decode of the same keys in bf16, in memory of the same kind (large pages)."""
     page = 32  # KIVI's groups
     pages = s.sk // page
     flops, size = work(s, torch.bfloat16)
@@ -74,7 +74,8 @@ def _quantised(s: Shape, name: str) -> Case:
 
     def make() -> Any:
         q = torch.randn(s.b, s.hq, s.d).bfloat16()
-        plain = [torch.randn(s.b * pages, page, s.hkv, s.d).bfloat16() for _ in range(2)]
+        empty = [torch.empty(s.b * pages, page, s.hkv, s.d, dtype=torch.bfloat16) for _ in range(2)]
+        plain = [_ops.lasting(t).copy_(torch.randn(t.shape)) for t in empty]
         cache = kv.PagedCache(name, s.b * pages, page, s.hkv, s.d, batch=s.b, recent=32)
         fresh = torch.zeros(s.b, dtype=torch.int32)
         kv.append(cache, *(t.view(s.b * s.sk, s.hkv, s.d) for t in plain), table, fresh)
