@@ -48,14 +48,13 @@ FASTOPS_INLINE vf load_scale(const char* p, int32_t dtype, int64_t i) {
   return dtype == FASTOPS_F32 ? load_as<float>(p, i) : dtype == FASTOPS_F16 ? load_as<f16>(p, i) : load_as<bf16>(p, i);
 }
 
-// Whether panels multiply two planes as one of 8 bits: 16 high + low, from 0 to 255, is 136 more than the weight. Where
-// the integer product takes unsigned bytes of any size; or as bf16 on tiles, less 136.
+// Whether panels multiply two planes as one of 8 bits: 16 high + low, from 0 to 255, is 136 more than the weight. For
+// bytes where the integer product takes unsigned ones of any size.
 FASTOPS_INLINE bool joined(const Int4Params& p) {
 #if defined(FASTOPS_HAS_VNNI)
-  return p.eight && (p.int8 || is_tiled(p));
+  return p.eight;
 #else
-  (void)p;
-  return false;
+  return p.eight && !p.int8;
 #endif
 }
 
@@ -228,91 +227,11 @@ void finish_panels(const Int4Params& p, int64_t panel0, int64_t panel_end, const
 }  // namespace
 }  // namespace fastops::cpu::FASTOPS_ISA
 
+#include "cpu/int4_linear/int4_linear_expand.inl.h"
 #include "cpu/int4_linear/int4_linear_tile_panels.inl.h"
 
 namespace fastops::cpu::FASTOPS_ISA {
 namespace {
-
-// Units [u0, u0 + n) of 64 features, as gemm reads them: [n][64]. A unit is one weight (f32, scaled), or two or four
-// codes (scaled after the product).
-template <Mode mode, bool k24>
-void expand(const Int4Params& p, int64_t panel, int64_t word0, int64_t words, float* to) {
-  const int64_t blocks = (p.N + kInt4Block - 1) / kInt4Block;
-  for (int b = 0; b < kInt4Panel / kInt4Block; ++b) {
-    const int64_t block = panel * (kInt4Panel / kInt4Block) + b;
-    if (block >= blocks) break;  // whatever stands there meets no output
-    const uint8_t* codes = p.codes + (block * (p.K / 8) + word0) * p.word_bytes;
-    for (int v = 0; v < kNV16; ++v) {
-      float* dst = to + b * kInt4Block + v * W;
-      for (int64_t w = 0; w < words;) {
-        const int64_t g = (word0 + w) * 8 / p.group, end = (g + 1) * p.group / 8 - word0;
-        const int64_t stop = end < words ? end : words;
-        if constexpr (mode == Mode::f32) {
-          const int64_t at = (block * p.groups + g) * kInt4Block + v * W;
-          const vf scale = load_scale(p.scales, p.scale_dtype, at);
-          const vf zero = p.zeros ? vsub(load_scale(p.zeros, p.scale_dtype, at), vset(8.0f)) : vzero();
-          const vf shift = p.mins ? vsub(load_scale(p.mins, p.scale_dtype, at), vmul(vset(8.0f), scale)) : vzero();
-          for (; w < stop; ++w) {
-            const vi word = load_word<k24>(codes + w * p.word_bytes, v);
-            const float* column = p.column_zeros ? p.column_zeros + (word0 + w) * 8 : nullptr;
-            const auto one = [&](auto i) FASTOPS_LAMBDA {
-              const vf centre = column ? vset(column[kOrder[i]] - 8.0f) : zero;
-              const vf x = vmul(vsub(vnibble<decltype(i)::value>(word), centre), scale);
-              vstore(dst + (w * 8 + kOrder[i]) * kInt4Panel, vsub(x, shift));
-            };
-            each_of<8>(one);
-          }
-        }
-#if defined(FASTOPS_HAS_BF16_DOT)
-        if constexpr (mode == Mode::bf16) {
-          for (; w < stop; ++w) {
-            const vi word = load_word<k24>(codes + w * p.word_bytes, v);
-            const auto pair = [&](auto i) FASTOPS_LAMBDA {
-              vistore(dst + (w * 4 + i) * kInt4Panel, vpairs_bf16<decltype(i)::value>(word));
-            };
-            each_of<4>(pair);
-          }
-        }
-#endif
-        if constexpr (mode == Mode::int8) {
-          for (; w < stop; ++w) {
-            const vi word = load_word<k24>(codes + w * p.word_bytes, v);
-            vistore(dst + w * 2 * kInt4Panel, vnibbles_low(word));
-            vistore(dst + (w * 2 + 1) * kInt4Panel, vnibbles_high(word));
-          }
-        }
-      }
-    }
-  }
-}
-
-// As expand<Mode::int8>, both planes at once.
-void expand_joined(const Int4Params& p, int64_t panel, int64_t word0, int64_t words, float* to) {
-  const int64_t blocks = (p.N + kInt4Block - 1) / kInt4Block, plane = p.K / 16 * 64;
-  for (int b = 0; b < kInt4Panel / kInt4Block; ++b) {
-    const int64_t block = panel * (kInt4Panel / kInt4Block) + b;
-    if (block >= blocks) break;
-    const uint8_t* codes = p.codes + (block * (p.K / 8) + word0) * 64;
-    for (int v = 0; v < kNV16; ++v) {
-      float* dst = to + b * kInt4Block + v * W;
-      for (int64_t w = 0; w < words; ++w) {
-        const vi high = viload(codes + w * 64 + v * W * 4), low = viload(codes + plane + w * 64 + v * W * 4);
-        vistore(dst + w * 2 * kInt4Panel, vjoin_nibbles(vnibbles_low(high), vnibbles_low(low)));
-        vistore(dst + (w * 2 + 1) * kInt4Panel, vjoin_nibbles(vnibbles_high(high), vnibbles_high(low)));
-      }
-    }
-  }
-}
-
-template <Mode mode>
-void expand_any(const Int4Params& p, int64_t panel, int64_t word0, int64_t words, float* to) {
-#if defined(FASTOPS_HAS_AMX)
-  if constexpr (mode == Mode::bf16)
-    if (joined(p)) return expand_joined_pairs(p, panel, word0, words, to);
-#endif
-  if (joined(p)) return expand_joined(p, panel, word0, words, to);
-  (p.word_bytes == kInt4Word24 ? expand<mode, true> : expand<mode, false>)(p, panel, word0, words, to);
-}
 
 // total += scale * products; where the group begins also its offset times the sum of x over the group.
 template <Mode mode>

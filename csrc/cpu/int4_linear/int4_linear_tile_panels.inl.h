@@ -7,32 +7,6 @@
 namespace fastops::cpu::FASTOPS_ISA {
 namespace {
 
-// The upper halves of two numbers' bits: a pair of bf16.
-FASTOPS_INLINE __m512i upper_pair(vf first, vf second) {
-  return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(_mm512_castps_si512(first), 16),
-                                 _mm512_castps_si512(second));
-}
-
-// As expand<Mode::bf16>: weights of 8 bits from both planes. 16 high + low - 136 is exact in bf16.
-void expand_joined_pairs(const Int4Params& p, int64_t panel, int64_t word0, int64_t words, float* to) {
-  const int64_t blocks = (p.N + kInt4Block - 1) / kInt4Block, plane = p.K / 16 * kInt4Word;
-  for (int b = 0; b < kInt4Panel / kInt4Block; ++b) {
-    const int64_t block = panel * (kInt4Panel / kInt4Block) + b;
-    if (block >= blocks) break;
-    const uint8_t* codes = p.codes + (block * (p.K / 8) + word0) * kInt4Word;
-    for (int64_t w = 0; w < words; ++w) {
-      const vi high = viload(codes + w * kInt4Word), low = viload(codes + plane + w * kInt4Word);
-      const auto pair = [&](auto i) FASTOPS_LAMBDA {
-        constexpr int k = decltype(i)::value;
-        const vf first = vfma(vset(16.0f), vnibble<k>(high), vnibble<k>(low));
-        const vf second = vfma(vset(16.0f), vnibble<k + 4>(high), vnibble<k + 4>(low));
-        vistore(to + b * kInt4Block + (w * 4 + k) * kInt4Panel, upper_pair(first, second));
-      };
-      each_of<4>(pair);
-    }
-  }
-}
-
 // Scaled weights, `plane` floats between their two parts. Where the second would be 0, 2^-40 of the weight stands
 // there, so that an infinite x meets no 0 but that of a weight.
 template <bool k24>

@@ -80,7 +80,6 @@ FASTOPS_INLINE void tile_words(const uint8_t* codes, int64_t n, const char* a, i
   each_of<4>(add);
 }
 #else
-[[maybe_unused]] bool is_tiled(const Int4Params&) { return false; }
 bool is_scaled(const Int4Params&) { return false; }
 int planes_of(const Int4Params&) { return 1; }
 #endif

@@ -241,7 +241,7 @@ typedef struct fastops_int4_linear_desc {
   fastops_tensor perm;   /* optional int32 [K], each from 0 to K / P - 1 */
   fastops_tensor bias;   /* optional fp32 [N] */
   int32_t eight; /* P is 2 and the first plane's scales are 16 times the second's (taken on trust): products of many
-                  * int8 rows may then read both planes as one of 8 bits. Without zeros, mins, perm, columns only */
+                  * rows may then read both planes as one of 8 bits. Without zeros, mins, perm, columns only */
   fastops_tensor column_scales; /* optional fp32 [slices, K]; N / slices a multiple of 16, or slices 1 */
   fastops_tensor column_zeros;  /* optional, like column_scales; not with zeros or mins */
 } fastops_int4_linear_desc;
