@@ -385,7 +385,8 @@ void fuzz_scale_add(Random& r) {
 void fuzz_int4_linear(Random& r) {
   const auto floating = [&] { return static_cast<int32_t>(r.pick({FASTOPS_F32, FASTOPS_F16, FASTOPS_BF16})); };
   const int32_t dtype = floating(), scale_dtype = floating();
-  const int64_t M = r.below(12), N = r.below(100), groups = 1 + r.below(4), features = groups * 8 * (1 + r.below(6));
+  const int64_t M = r.one_in(6) ? 40 + r.below(30) : r.below(12), N = r.below(100);  // as many as take other panels
+  const int64_t groups = 1 + r.below(4), features = groups * 8 * (1 + r.below(6));
   const int64_t blocks = (N + 15) / 16;
   fastops_int4_linear_desc d{};
   d.struct_size = sizeof d;
