@@ -65,7 +65,8 @@ fastops_status check(const fastops_int4_linear_desc& d, Int4Params* p, char* mes
   if (status == FASTOPS_OK) status = check_rows("out", d.out, message);
   if (status != FASTOPS_OK) return status;
   const int64_t M = d.x.size[0], features = d.x.size[1], N = d.out.size[1], blocks = (N + kInt4Block - 1) / kInt4Block;
-  const int64_t K = d.codes.ndim == 4 && d.codes.size[1] > 0 ? d.codes.size[1] * 8 : features;
+  const int64_t words = d.codes.ndim == 4 ? d.codes.size[1] : 0;
+  const int64_t K = words > 0 && words <= INT32_MAX ? words * 8 : features;
   const int64_t planes = features > 0 ? K / features : 0;
   if (d.out.dtype != d.x.dtype && d.out.dtype != FASTOPS_F32)
     REFUSE(FASTOPS_ERR_TYPE, "int4_linear: out must have x's dtype or float32");
