@@ -155,7 +155,7 @@ def begin_direct(forced: Any) -> None:
     control.direct_begin(
         torch.Tensor, torch.nn.Parameter, capsule, forced, vars(torch.autograd.profiler),
         vars(torch.autograd.forward_ad), tuple(guards), step, torch.contiguous_format, torch.empty_like,
-        torch.empty_strided,
+        torch.empty_strided, torch.float32,
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ y = fastops.lut_linear(x, weight)
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,11 +23,13 @@ _SPARSE = PARTS[2:]
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """What the kernels read: codes [N, ceil(K / 32), 16], table fp32 [N, 16]; the rest by the operator's names."""
+    """What the kernels read: codes [N, ceil(K / 32), 16], table fp32 [N, 16]; the rest by the operator's names.
+    `arguments` is all of it, for the direct call."""
 
     codes: Tensor
     table: Tensor
     rest: dict[str, Tensor | None]
+    arguments: tuple[Any, ...]
 
 
 class LutWeight(TensorParts):
@@ -85,7 +88,8 @@ class LutWeight(TensorParts):
             rest = {part: getattr(self, part) for part in _SPARSE}
             if self.values is not None:
                 rest["values"] = self.values.float()
-            self._packed = Packed((codes[:, :, 0] | codes[:, :, 1] << 4).contiguous(), table.contiguous(), rest)
+            packed, table = (codes[:, :, 0] | codes[:, :, 1] << 4).contiguous(), table.contiguous()
+            self._packed = Packed(packed, table, rest, (k, n, packed, table, *rest.values()))
         return self._packed
 
     def __repr__(self) -> str:

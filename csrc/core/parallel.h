@@ -7,6 +7,8 @@
 
 namespace fastops {
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // The cores that plans are made for (fastops_cores).
 int32_t plan_cores();
 // The sentence that refuses FASTOPS_CORES, or NULL.

@@ -10,7 +10,7 @@ struct {
   PyObject *forced = nullptr, *profiler = nullptr, *forward = nullptr, *guards = nullptr, *step = nullptr,
            *contiguous = nullptr;
   PyObject *empty_like = nullptr, *empty_strided = nullptr, *format_keyword = nullptr, *dtype_keyword = nullptr;
-  PyObject *requires_grad = nullptr, *profiling = nullptr, *level = nullptr, *dtype = nullptr;
+  PyObject *requires_grad = nullptr, *profiling = nullptr, *level = nullptr, *dtype = nullptr, *float32 = nullptr;
 } g;
 
 fastops_dtype dtype_of(const DLDataType& t) {
@@ -36,6 +36,24 @@ bool exchanged(PyObject* object, DLTensor* t) {
   if (g.exchange->dltensor_from_py_object_no_sync(object, t) == 0) return true;
   PyErr_Clear();  // no storage: sparse, a transform's wrapper
   return false;
+}
+
+// Takes the reference to `dtype`, which may be null.
+PyObject* empty(const int64_t* sizes, int ndim, PyObject* dtype) {
+  PyObject* args[] = {PyTuple_New(ndim), PyTuple_New(ndim), dtype};
+  PyObject* made = nullptr;
+  if (args[0] != nullptr && args[1] != nullptr && dtype != nullptr) {
+    int64_t step = 1;
+    for (int i = ndim - 1; i >= 0; --i) {
+      PyTuple_SET_ITEM(args[0], i, PyLong_FromLongLong(sizes[i]));
+      PyTuple_SET_ITEM(args[1], i, PyLong_FromLongLong(step));
+      step *= sizes[i] > 0 ? sizes[i] : 1;
+    }
+    made = PyObject_Vectorcall(g.empty_strided, args, 2, g.dtype_keyword);
+  }
+  if (made == nullptr) PyErr_Clear();
+  for (PyObject* arg : args) Py_XDECREF(arg);
+  return made;
 }
 
 }  // namespace
@@ -135,21 +153,14 @@ bool flatten(fastops_tensor* t) {
 }
 
 PyObject* like_with(PyObject* object, const fastops_tensor& seen, int64_t last) {
-  PyObject* args[] = {PyTuple_New(seen.ndim), PyTuple_New(seen.ndim), PyObject_GetAttr(object, g.dtype)};
-  PyObject* made = nullptr;
-  if (args[0] != nullptr && args[1] != nullptr && args[2] != nullptr) {
-    int64_t step = 1;
-    for (int i = seen.ndim - 1; i >= 0; --i) {
-      const int64_t size = i == seen.ndim - 1 ? last : seen.size[i];
-      PyTuple_SET_ITEM(args[0], i, PyLong_FromLongLong(size));
-      PyTuple_SET_ITEM(args[1], i, PyLong_FromLongLong(step));
-      step *= size > 0 ? size : 1;
-    }
-    made = PyObject_Vectorcall(g.empty_strided, args, 2, g.dtype_keyword);
-  }
-  if (made == nullptr) PyErr_Clear();
-  for (PyObject* arg : args) Py_XDECREF(arg);
-  return made;
+  int64_t size[FASTOPS_MAX_DIMS];
+  for (int i = 0; i < seen.ndim; ++i) size[i] = i == seen.ndim - 1 ? last : seen.size[i];
+  return empty(size, seen.ndim, PyObject_GetAttr(object, g.dtype));
+}
+
+PyObject* empty_f32(const int64_t* size, int ndim) {
+  Py_INCREF(g.float32);
+  return empty(size, ndim, g.float32);
 }
 
 PyObject* Call::run(fastops_torch_function function, fastops_torch_workspace workspace, const void* desc) {
@@ -189,10 +200,10 @@ PyObject* Call::run(fastops_torch_function function, fastops_torch_workspace wor
 }
 
 // begin(Tensor, Parameter, exchange, forced, profiler, forward_ad, guards, step, contiguous, empty_like,
-// empty_strided)
+// empty_strided, float32)
 PyObject* begin(PyObject*, PyObject* const* args, Py_ssize_t n) {
-  if (n != 11) {
-    PyErr_SetString(PyExc_TypeError, "direct_begin needs 11 arguments");
+  if (n != 12) {
+    PyErr_SetString(PyExc_TypeError, "direct_begin needs 12 arguments");
     return nullptr;
   }
   const auto* header =
@@ -213,6 +224,7 @@ PyObject* begin(PyObject*, PyObject* const* args, Py_ssize_t n) {
   g.contiguous = args[8];
   g.empty_like = args[9];
   g.empty_strided = args[10];
+  g.float32 = args[11];
   g.requires_grad = PyUnicode_InternFromString("requires_grad");
   g.profiling = PyUnicode_InternFromString("_is_profiler_enabled");
   g.level = PyUnicode_InternFromString("_current_level");

@@ -12,6 +12,7 @@ using Norm = fastops_norm_desc;
 using Gated = fastops_gated_desc;
 using Rope = fastops_rope_desc;
 using Int4 = fastops_int4_linear_desc;
+using Lut = fastops_lut_linear_desc;
 using Attention = fastops_attention_desc;
 using ScaleAdd = fastops_scale_add_desc;
 
@@ -77,6 +78,11 @@ constexpr auto int4_linear =
              Optional<&Int4::column_zeros>, Flag<&Int4::eight>, Optional<&Int4::bias>, Whole<&Int4::activations>,
              RowsResult<&Int4::out, 0, 2>>;
 
+constexpr auto lut_linear =
+    &operate<Lut, Lut, &fastops_lut_linear, &fastops_lut_linear_workspace, &nothing<Lut>, Rows<&Lut::x>,
+             Columns<&Lut::x>, Ignored, Input<&Lut::codes>, Input<&Lut::table>, Optional<&Lut::row_starts>,
+             Optional<&Lut::columns>, Optional<&Lut::values>, Optional<&Lut::bias>, RowsResult<&Lut::out, 0, 2>>;
+
 // What the contract has beyond the kernels (csrc/torch/attention.cpp), and the scale that was not given.
 bool attend(Attention& d) {
   const int64_t head = d.q.size[d.q.ndim - 1], head_v = d.v.size[d.v.ndim - 1];
@@ -85,14 +91,29 @@ bool attend(Attention& d) {
   return true;
 }
 
+// True for a new LSE as the second result, False for none.
+struct Lse {
+  static bool take(Call& call, Attention& d, PyObject* object) {
+    if (object != Py_True) return object == Py_False;
+    const int n = d.q.ndim - 1;
+    if (n < 2) return false;
+    int64_t size[FASTOPS_MAX_DIMS];  // heads before positions
+    for (int i = 0; i < n - 2; ++i) size[i] = d.q.size[i];
+    size[n - 2] = d.q.size[n - 1];
+    size[n - 1] = d.q.size[n - 2];
+    return call.result(Py_None, [&] { return empty_f32(size, n); }) && view(call.results[1], &d.lse);
+  }
+};
+
 template <class... Fields>
 constexpr auto attention_of =
     &operate<Attention, Attention, &fastops_attention_fwd, &fastops_attention_workspace, &attend, Input<&Attention::q>,
              Input<&Attention::k>, Input<&Attention::v>, Fields..., OptionalNumber<&Attention::scale>,
              Whole<&Attention::window_left>, Whole<&Attention::window_right>, Number<&Attention::softcap>,
              Optional<&Attention::sinks>, Optional<&Attention::alibi_slopes>,
-             ResultWith<&Attention::out, 0, &Attention::q, &Attention::v>>;
+             ResultWith<&Attention::out, 0, &Attention::q, &Attention::v>, Lse>;
 constexpr auto attention = attention_of<>;
+constexpr auto attention_varlen = attention_of<Input<&Attention::cu_seqlens_q>, Input<&Attention::cu_seqlens_k>>;
 constexpr auto attention_paged =
     attention_of<Input<&Attention::block_table>, Input<&Attention::seq_lens>, Optional<&Attention::cu_seqlens_q>>;
 
@@ -141,7 +162,7 @@ constexpr auto attention_paged_quantised =
              Part<&Kv::v_recent>, Part<&Kv::packed_lens>, Bits<&Kv::k_bits>, Bits<&Kv::v_bits>,
              OptionalNumber<&Attention::scale>, Whole<&Attention::window_left>, Whole<&Attention::window_right>,
              Number<&Attention::softcap>, Optional<&Attention::sinks>, Optional<&Attention::alibi_slopes>,
-             QuantisedResult>;
+             QuantisedResult, Lse>;
 
 struct Append : fastops_kv_append_desc {
   fastops_kv_quant quant{};
@@ -221,6 +242,46 @@ constexpr auto sdpa = &operate<Attention, Attention, &fastops_attention_fwd, &fa
                                Heads<&Attention::q>, Heads<&Attention::k>, Heads<&Attention::v>, Causal,
                                OptionalNumber<&Attention::scale>, Grouped, HeadsResult>;
 
+// The states of one call, as lists: as many outs as lses.
+struct Merge : fastops_merge_states_desc {
+  static constexpr Py_ssize_t kMost = 16;
+  fastops_tensor states[2][kMost];
+
+  bool take(int i, PyObject* list) {
+    if (!PyList_CheckExact(list) || PyList_GET_SIZE(list) < 1 || PyList_GET_SIZE(list) > kMost) return false;
+    count = static_cast<int32_t>(PyList_GET_SIZE(list));
+    for (int n = 0; n < count; ++n)
+      if (!view(PyList_GET_ITEM(list, n), &states[i][n])) return false;
+    return true;
+  }
+};
+
+struct Outs {
+  static bool take(Call& call, Merge& d, PyObject* object) {
+    if (!d.take(0, object)) return false;
+    d.outs = d.states[0];
+    return call.result(Py_None, [&] { return like(PyList_GET_ITEM(object, 0)); }) && view(call.results[0], &d.out);
+  }
+};
+
+struct Lses {
+  static bool take(Call& call, Merge& d, PyObject* object) {
+    const int32_t outs = d.count;
+    if (!d.take(1, object) || d.count != outs) return false;
+    d.lses = d.states[1];
+    const fastops_tensor& first = d.states[1][0];
+    return call.result(Py_None, [&] { return empty_f32(first.size, first.ndim); }) && view(call.results[1], &d.lse);
+  }
+};
+
+bool merge(Merge& d) {
+  d.struct_size = sizeof(fastops_merge_states_desc);
+  return true;
+}
+
+constexpr auto merge_states =
+    &operate<Merge, fastops_merge_states_desc, &fastops_merge_states, nullptr, &merge, Outs, Lses>;
+
 constexpr auto scale_add =
     &operate<ScaleAdd, ScaleAdd, &fastops_scale_add, nullptr, &nothing<ScaleAdd>, Input<&ScaleAdd::x>,
              Input<&ScaleAdd::y>, Number<&ScaleAdd::alpha>, Result<&ScaleAdd::out, 0>>;
@@ -246,9 +307,12 @@ PyMethodDef* methods() {
                               method("direct_apply_rope", apply_rope),
                               method("direct_qk_norm_rope", qk_norm_rope),
                               method("direct_int4_linear", int4_linear),
+                              method("direct_lut_linear", lut_linear),
                               method("direct_attention", attention),
+                              method("direct_attention_varlen", attention_varlen),
                               method("direct_attention_paged", attention_paged),
                               method("direct_attention_paged_quantised", attention_paged_quantised),
+                              method("direct_merge_states", merge_states),
                               method("direct_kv_append", kv_append),
                               method("direct_scaled_dot_product_attention", sdpa),
                               method("direct_scale_add", scale_add),

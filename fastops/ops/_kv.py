@@ -56,7 +56,10 @@ def check(op: str, q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor
             raise ValueError(f"{op}: {role}_cache has head size {size}, allowed: multiples of 8 from 8 to 256")
     if head_dim(k_cache, quant.k_bits) != q.shape[2]:
         raise ValueError(f"{op}: k_cache has head size {head_dim(k_cache, quant.k_bits)}, q has {q.shape[2]}")
-    _check_window(op, q, (hkv, q.shape[2], head_dim(v_cache, quant.v_bits)), seq_lens, quant)
+    sizes = (hkv, q.shape[2], head_dim(v_cache, quant.v_bits))
+    rows = check_window(op, sizes, quant, q, batch=seq_lens.shape[0])
+    if quant.packed_lens is not None and not torch.compiler.is_compiling():
+        _check_packed(op, seq_lens, rows, quant.packed_lens)
 
 
 def check_side(
@@ -114,23 +117,30 @@ def check_side(
         raise ValueError(f"{name}, must have 1, 3 or 4 dimensions")
 
 
-def _check_window(op: str, q: Tensor, dims: tuple[int, int, int], seq_lens: Tensor, quant: KVQuant) -> None:
-    parts = (quant.k_recent, quant.v_recent, quant.packed_lens)
+def check_window(
+    op: str, sizes: tuple[int, int, int], quant: KVQuant, q: Tensor, like: str = "q", batch: int | None = None
+) -> int:
+    """Rows of the windows, or 0 without. sizes: heads, head size of K, of V. `q`, `like`: as in check_side.
+
+    batch: the sequences there must be; None: as many as packed_lens has."""
+    k, v, packed = parts = (quant.k_recent, quant.v_recent, quant.packed_lens)
     if all(t is None for t in parts):
-        return
-    k, v, packed = parts
+        return 0
     if k is None or v is None or packed is None:
         raise ValueError(f"{op}: k_recent, v_recent and packed_lens go together")
-    b, (heads, d, dv) = seq_lens.shape[0], dims
-    rows = k.shape[1] if k.dim() == 4 else 0
+    common.require_index(op, "packed_lens", packed, (batch,), q)
+    heads, d, dv = sizes
+    rows = int(k.shape[1]) if k.dim() == 4 else 0
     for name, t, size in (("k_recent", k, d), ("v_recent", v, dv)):
         if t.dtype != q.dtype or t.device != q.device:
-            raise TypeError(f"{op}: {name} is {common.name_of(t.dtype)} on {t.device}, must be as q")
-        if list(t.shape) != [b, rows, heads, size]:
-            raise ValueError(f"{op}: {name} has shape {list(t.shape)}, must be {[b, rows, heads, size]}")
-    common.require_index(op, "packed_lens", packed, (b,), q)
-    if torch.compiler.is_compiling():
-        return
+            raise TypeError(f"{op}: {name} is {common.name_of(t.dtype)} on {t.device}, must be as {like}")
+        want = [packed.shape[0], rows, heads, size]
+        if list(t.shape) != want:
+            raise ValueError(f"{op}: {name} has shape {list(t.shape)}, must be {want}")
+    return rows
+
+
+def _check_packed(op: str, seq_lens: Tensor, rows: int, packed: Tensor) -> None:
     for i, (n, at) in enumerate(zip(seq_lens.tolist(), packed.tolist(), strict=True)):
         if not max(0, n - rows) <= at <= n:
             raise ValueError(f"{op}: packed_lens[{i}] is {at}, must be from seq_lens - {rows} to seq_lens = {n}")

@@ -226,9 +226,9 @@ def attention_paged(
         >>> fastops.attention_paged(torch.randn(2, 4, 64), cache, cache, table, lens).shape
         torch.Size([2, 4, 64])
     """
-    if not return_lse and type(window) is tuple and len(window) == 2 and not is_compiling():
+    if type(window) is tuple and len(window) == 2 and not is_compiling():
         left, right = window
-        options = scale, left, 0 if causal else right, softcap, sinks, alibi_slopes, out
+        options = scale, left, 0 if causal else right, softcap, sinks, alibi_slopes, out, return_lse
         if quant is None:
             y = _direct(q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, *options)
         elif type(quant) is KVQuant:

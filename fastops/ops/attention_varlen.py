@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from fastops import _cuda, _ops
 from fastops.dispatch.record import Call, Implementation
@@ -47,7 +48,7 @@ def validate(
         batch=cu_seqlens_q.shape[0] - 1,
     )  # fmt: skip
     common.check_out(op, out, (*q.shape[:2], v.shape[2]), q)
-    if not torch.compiler.is_compiling():
+    if not is_compiling():
         common.check_cu(op, "cu_seqlens_q", cu_seqlens_q, q.shape[0], "q")
         common.check_cu(op, "cu_seqlens_k", cu_seqlens_k, k.shape[0], "k")
 
@@ -106,7 +107,7 @@ def run_cpp(
 ) -> Any:
     sinks, alibi_slopes = common.to_f32(sinks), common.to_f32(alibi_slopes)
     if common.any_grad(q, k, v, sinks):
-        if torch.compiler.is_compiling():  # Dynamo wants every tensor only once
+        if is_compiling():  # Dynamo wants every tensor only once
             k, v, cu_seqlens_k = k.view_as(k), v.view_as(v), cu_seqlens_k.view_as(cu_seqlens_k)
         pair = AttentionVarlen.apply(
             q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, alibi_slopes, causal, scale, window, softcap
@@ -124,7 +125,7 @@ def run_cpp(
     return pair if return_lse else pair[0]
 
 
-_op = _ops.ops.attention_varlen.default
+_op, _direct = _ops.ops.attention_varlen.default, _ops.direct("attention_varlen")
 
 
 class AttentionVarlen(torch.autograd.Function):
@@ -204,6 +205,14 @@ def attention_varlen(
         >>> fastops.attention_varlen(x, x, x, cu, cu, causal=True).shape
         torch.Size([7, 4, 64])
     """
+    if type(window) is tuple and len(window) == 2 and not is_compiling():
+        left, right = window
+        y = _direct(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, scale, left, 0 if causal else right, softcap, sinks, alibi_slopes,
+            out, return_lse,
+        )  # fmt: skip
+        if y is not None:
+            return y
     common.require_tensor("attention_varlen", "q", q)
     key = (q.dtype, q.device, common.any_grad(alibi_slopes))
     return operator(

@@ -80,11 +80,16 @@ def validate(
         want = [pages, page, k.shape[1], d * bits // 8 if bits else d]
         if list(cache.shape) != want:
             raise ValueError(f"{NAME}: {role}_cache has shape {list(cache.shape)}, must be {want}")
-    window = _check_window(k, v, seq_lens, quant)
+    window = _kv.check_window(NAME, (k.shape[1], k.shape[2], v.shape[2]), quant, k, like="k")
     for role, cache in (("k", k_cache), ("v", v_cache)):
         _check_format(role, side_of(role, cache, quant), window)
     common.require_index(NAME, "seq_lens", seq_lens, (None,), k)
     b = seq_lens.shape[0]
+    if quant.packed_lens is not None and (quant.packed_lens.shape[0] < b or window < UNIT):
+        raise ValueError(
+            f"{NAME}: the windows are {quant.packed_lens.shape[0]} of {window} rows for {b} sequences, each must have "
+            f"{UNIT} or more"
+        )
     common.require_index(NAME, "block_table", block_table, (b, None), k)
     if cu_seqlens is not None:
         common.require_index(NAME, "cu_seqlens", cu_seqlens, (b + 1,), k)
@@ -92,30 +97,6 @@ def validate(
         raise ValueError(f"{NAME}: k has {k.shape[0]} tokens for {b} sequences; give cu_seqlens")
     if not is_compiling():
         _check_contents(k, k_cache, v_cache, block_table, seq_lens, cu_seqlens, quant)
-
-
-def _check_window(k: Tensor, v: Tensor, seq_lens: Tensor, quant: KVQuant) -> int:
-    """Rows of the windows, or 0."""
-    parts = (quant.k_recent, quant.v_recent, quant.packed_lens)
-    if all(t is None for t in parts):
-        return 0
-    if any(t is None for t in parts):
-        raise ValueError(f"{NAME}: k_recent, v_recent and packed_lens go together")
-    common.require_index(NAME, "packed_lens", quant.packed_lens, (None,), k)
-    rows = quant.k_recent.shape[1] if quant.k_recent.dim() == 4 else 0  # type: ignore[union-attr]
-    count = quant.packed_lens.shape[0]  # type: ignore[union-attr]
-    for role, x in (("k", k), ("v", v)):
-        t = getattr(quant, f"{role}_recent")
-        if t.dtype != k.dtype or t.device != k.device:
-            raise TypeError(f"{NAME}: {role}_recent is {common.name_of(t.dtype)} on {t.device}, must be as k")
-        if list(t.shape) != [count, rows, *x.shape[1:]]:
-            raise ValueError(f"{NAME}: {role}_recent has shape {list(t.shape)}, must be {[count, rows, *x.shape[1:]]}")
-    if count < seq_lens.shape[0] or rows < UNIT:
-        raise ValueError(
-            f"{NAME}: the windows are {count} of {rows} rows for {seq_lens.shape[0]} sequences, each must have {UNIT} "
-            "or more"
-        )
-    return rows
 
 
 def _check_format(role: str, side: Side | None, window: int) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from fastops import _ops
 from fastops.dispatch.record import Call, Implementation
@@ -56,7 +57,7 @@ def run_cpp(x: Tensor, weight: LutWeight, bias: Tensor | None = None, *, out: Te
     return result if out is None else out.copy_(result)
 
 
-_op = _ops.ops.lut_linear.default
+_op, _direct = _ops.ops.lut_linear.default, _ops.direct(NAME)
 
 
 class LutLinear(torch.autograd.Function):
@@ -107,6 +108,10 @@ def lut_linear(x: Tensor, weight: LutWeight, bias: Tensor | None = None, *, out:
         >>> fastops.lut_linear(torch.randn(3, 128), weight).shape
         torch.Size([3, 64])
     """
+    if type(weight) is LutWeight and type(x) is Tensor and not is_compiling():
+        y = _direct(x, *weight.packed().arguments, bias, out)
+        if y is not None:
+            return y  # type: ignore[no-any-return]
     common.require_tensor(NAME, "x", x)
     if not isinstance(weight, LutWeight) or weight.device != x.device:
         validate(x, weight, bias, out=out)

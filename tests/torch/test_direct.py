@@ -64,15 +64,42 @@ def calls():
     slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625])
     yield (
         "attention",
-        (a, b, c, None, 4, 0, 20.0, slopes, slopes, None),
+        (a, b, c, None, 4, 0, 20.0, slopes, slopes, None, False),
         lambda: ops.attention(a, b, c, causal=True, window_left=4, softcap=20.0, sinks=slopes, alibi_slopes=slopes)[0],
     )
+    yield (
+        "attention",
+        (a, b, c, None, -1, 0, 0.0, None, None, None, True),
+        lambda: ops.attention(a, b, c, causal=True, return_lse=True),
+    )
+    ends = torch.tensor([0, 1, 5], dtype=torch.int32), torch.tensor([0, 0, 9], dtype=torch.int32)
+    for lse in (False, True):  # the last row of q is nobody's
+        yield (
+            "attention_varlen",
+            (a.view(6, 4, 64), b[0], c[0], *ends, 0.2, -1, 0, 0.0, slopes, None, None, lse),
+            lambda lse=lse: ops.attention_varlen(
+                a.view(6, 4, 64), b[0], c[0], *ends, causal=True, scale=0.2, sinks=slopes, return_lse=lse
+            )[slice(None) if lse else 0],
+        )
+    parts = [ops.attention(a, b[:, i : i + 3], c[:, i : i + 3], return_lse=True) for i in (0, 3, 6)]
+    outs, lses = [list(x) for x in zip(*parts, strict=True)]
+    yield "merge_states", (outs, lses), lambda: ops.merge_states(outs, lses)
+    rows = [x.flatten(0, 1) for x in outs], [torch.rand(4, 6, generator=g) for _ in lses]
+    yield "merge_states", rows, lambda: ops.merge_states(*rows)
+    for outliers in (0.0, 0.01):
+        table = fastops.lut.quantize(torch.randn(24, 64, generator=g), sparsity=outliers)
+        looked = table.packed()
+        yield (
+            "lut_linear",
+            (x.view(2, 3, 64), *looked.arguments, bias, None),
+            lambda p=looked: ops.lut_linear(x, p.codes, p.table, **p.rest, bias=bias).view(2, 3, 24),
+        )
     cache, table = torch.randn(5, 4, 2, 64, generator=g), torch.tensor([[3, 0], [1, 4]], dtype=torch.int32)
     lens = torch.tensor([7, 5], dtype=torch.int32)
     yield (
         "attention_paged",
-        (a[:, 0], cache, cache, table, lens, None, 0.3, -1, -1, 0.0, None, None, None),
-        lambda: ops.attention_paged(a[:, 0], cache, cache, table, lens, scale=0.3)[0],
+        (a[:, 0], cache, cache, table, lens, None, 0.3, -1, -1, 0.0, None, None, None, True),
+        lambda: ops.attention_paged(a[:, 0], cache, cache, table, lens, scale=0.3, return_lse=True),
     )
     for form in ("kv4", "int8", "fp8", "kivi2"):
         small = fastops.kv.PagedCache(form, 5, 32, 2, 64, batch=2)
@@ -82,7 +109,7 @@ def calls():
         named = {f.name: getattr(quant, f.name) for f in dataclasses.fields(quant)}
         yield (
             "attention_paged_quantised",
-            (small_q, small.k, small.v, table, ones, None, *named.values(), None, -1, -1, 0.0, None, None, None),
+            (small_q, small.k, small.v, table, ones, None, *named.values(), None, -1, -1, 0.0, None, None, None, False),
             lambda small=small, small_q=small_q, ones=ones, named=named: ops.attention_paged(
                 small_q, small.k, small.v, table, ones, **named
             )[0],

@@ -21,8 +21,6 @@ constexpr double kGoodSplit = 1500.0;    // and so much where every core has one
 constexpr double kWholeCall = 2000.0;    // calls of less are not split
 constexpr int64_t kSerialWork = 300000;  // multiply-adds under which waking a thread costs more than it saves
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Bytes for all partial results (fastops.h promises them).
 int64_t partial_room(int64_t cores) { return cores < 4 ? 384 << 10 : cores < 512 ? cores << 17 : 64 << 20; }
 

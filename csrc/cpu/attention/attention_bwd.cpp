@@ -10,8 +10,6 @@ namespace fastops::cpu {
 
 namespace {
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 int64_t key_items(const BackwardParams& g, const Sequence& s) { return ceil_div(s.Sk, kBackwardKeys) * g.f.Hkv; }
 int64_t row_items(const BackwardParams& g, const Sequence& s) {
   return ceil_div(s.Sq * g.f.G, kBackwardRows) * g.f.Hkv;

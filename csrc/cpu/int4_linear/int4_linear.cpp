@@ -209,8 +209,6 @@ Int4Params slice_of(const Int4Params& p, int64_t slice, int64_t place) {
   return q;
 }
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Into how many parts few rows cut K where the blocks of outputs are too few for the machine's cores: a function of
 // the shape and of these, so that results are the same on any number of threads.
 int64_t parts_of(const Int4Params& p) {

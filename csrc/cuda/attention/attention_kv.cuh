@@ -34,7 +34,7 @@ struct QuantKeys {
   int b, hkv;
   bool good;
   FASTOPS_DEVICE QuantKeys(const AttentionParams& params, const Sequence& s, int batch, int head)
-      : p(params), table(p.table + batch * p.table_sb), b(batch), hkv(head), packed(s.Sk), good(true) {
+      : p(params), table(p.table + batch * p.table_sb), packed(s.Sk), b(batch), hkv(head), good(true) {
     if (p.packed == nullptr) return;
     packed = p.packed[b * p.packed_stride];
     good = packed >= 0 && packed <= s.Sk && packed >= s.Sk - p.recent;
