@@ -26,6 +26,8 @@ fastops_dtype dtype_of(const DLDataType& t) {
       return FASTOPS_F8_E4M3;
     case kDLUInt:
       return t.bits == 8 ? FASTOPS_U8 : FASTOPS_DTYPE_NONE;
+    case kDLBool:
+      return t.bits == 8 ? FASTOPS_BOOL : FASTOPS_DTYPE_NONE;
     default:
       return FASTOPS_DTYPE_NONE;
   }
@@ -36,24 +38,6 @@ bool exchanged(PyObject* object, DLTensor* t) {
   if (g.exchange->dltensor_from_py_object_no_sync(object, t) == 0) return true;
   PyErr_Clear();  // no storage: sparse, a transform's wrapper
   return false;
-}
-
-// Takes the reference to `dtype`, which may be null.
-PyObject* empty(const int64_t* sizes, int ndim, PyObject* dtype) {
-  PyObject* args[] = {PyTuple_New(ndim), PyTuple_New(ndim), dtype};
-  PyObject* made = nullptr;
-  if (args[0] != nullptr && args[1] != nullptr && dtype != nullptr) {
-    int64_t step = 1;
-    for (int i = ndim - 1; i >= 0; --i) {
-      PyTuple_SET_ITEM(args[0], i, PyLong_FromLongLong(sizes[i]));
-      PyTuple_SET_ITEM(args[1], i, PyLong_FromLongLong(step));
-      step *= sizes[i] > 0 ? sizes[i] : 1;
-    }
-    made = PyObject_Vectorcall(g.empty_strided, args, 2, g.dtype_keyword);
-  }
-  if (made == nullptr) PyErr_Clear();
-  for (PyObject* arg : args) Py_XDECREF(arg);
-  return made;
 }
 
 }  // namespace
@@ -152,15 +136,32 @@ bool flatten(fastops_tensor* t) {
   return true;
 }
 
+PyObject* empty(const int64_t* sizes, int ndim, PyObject* dtype) {
+  PyObject* args[] = {PyTuple_New(ndim), PyTuple_New(ndim), dtype != nullptr ? dtype : g.float32};
+  PyObject* made = nullptr;
+  if (args[0] != nullptr && args[1] != nullptr) {
+    int64_t step = 1;
+    for (int i = ndim - 1; i >= 0; --i) {
+      PyTuple_SET_ITEM(args[0], i, PyLong_FromLongLong(sizes[i]));
+      PyTuple_SET_ITEM(args[1], i, PyLong_FromLongLong(step));
+      step *= sizes[i] > 0 ? sizes[i] : 1;
+    }
+    made = PyObject_Vectorcall(g.empty_strided, args, 2, g.dtype_keyword);
+  }
+  if (made == nullptr) PyErr_Clear();
+  Py_XDECREF(args[0]);
+  Py_XDECREF(args[1]);
+  return made;
+}
+
 PyObject* like_with(PyObject* object, const fastops_tensor& seen, int64_t last) {
   int64_t size[FASTOPS_MAX_DIMS];
   for (int i = 0; i < seen.ndim; ++i) size[i] = i == seen.ndim - 1 ? last : seen.size[i];
-  return empty(size, seen.ndim, PyObject_GetAttr(object, g.dtype));
-}
-
-PyObject* empty_f32(const int64_t* size, int ndim) {
-  Py_INCREF(g.float32);
-  return empty(size, ndim, g.float32);
+  PyObject* dtype = PyObject_GetAttr(object, g.dtype);
+  PyObject* made = dtype == nullptr ? nullptr : empty(size, seen.ndim, dtype);
+  if (made == nullptr) PyErr_Clear();
+  Py_XDECREF(dtype);
+  return made;
 }
 
 PyObject* Call::run(fastops_torch_function function, fastops_torch_workspace workspace, const void* desc) {

@@ -30,8 +30,8 @@ bool flatten(fastops_tensor* t);
 // A new contiguous tensor like `object` but for its last dimension, or null (no error set).
 PyObject* like_with(PyObject* object, const fastops_tensor& seen, int64_t last);
 
-// A new contiguous one of fp32, or null (no error set).
-PyObject* empty_f32(const int64_t* size, int ndim);
+// A new contiguous one of a torch.dtype, null for fp32; or null (no error set).
+PyObject* empty(const int64_t* size, int ndim, PyObject* dtype = nullptr);
 
 // The functions fastops._C gets; the first is `begin`, without which no call is taken.
 PyMethodDef* methods();

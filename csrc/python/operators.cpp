@@ -4,6 +4,7 @@
 
 #include "python/direct.h"
 #include "torch/halves.h"
+#include "torch/mask.h"
 
 namespace fastops::direct {
 namespace {
@@ -23,6 +24,10 @@ bool in_place(Norm& d) {
 }
 bool layer(Norm& d) {
   d.layer = 1;
+  return true;
+}
+bool sum_in_place(Norm& d) {
+  d.sum = d.residual;
   return true;
 }
 template <fastops_activation Kind>
@@ -49,6 +54,22 @@ constexpr auto fused_add_rms_norm = norm<&in_place, Updated<&Norm::x>, Updated<&
                                          Optional<&Norm::weight>, Number<&Norm::eps>, Number<&Norm::weight_offset>>;
 constexpr auto layer_norm = norm<&layer, Input<&Norm::x>, Optional<&Norm::weight>, Optional<&Norm::bias>,
                                  Number<&Norm::eps>, Result<&Norm::out, 0>>;
+
+// New codes of the given torch.dtype, and a scale for each row.
+struct Codes {
+  static bool take(Call& call, Norm& d, PyObject* dtype) {
+    return call.result(Py_None, [&] { return empty(d.x.size, d.x.ndim, dtype); }) && view(call.results[0], &d.out) &&
+           call.result(Py_None, [&] { return empty(d.x.size, d.x.ndim - 1); }) && view(call.results[1], &d.scales);
+  }
+};
+
+constexpr auto rms_norm_quantised = norm<&nothing<Norm>, Input<&Norm::x>, Optional<&Norm::weight>, Number<&Norm::eps>,
+                                         Number<&Norm::weight_offset>, Codes>;
+constexpr auto fused_add_rms_norm_quantised =
+    norm<&sum_in_place, Input<&Norm::x>, Updated<&Norm::residual>, Optional<&Norm::weight>, Number<&Norm::eps>,
+         Number<&Norm::weight_offset>, Codes>;
+constexpr auto layer_norm_quantised =
+    norm<&layer, Input<&Norm::x>, Optional<&Norm::weight>, Optional<&Norm::bias>, Number<&Norm::eps>, Codes>;
 
 struct HalfResult {
   static bool take(Call& call, Gated& d, PyObject* object) {
@@ -91,6 +112,14 @@ bool attend(Attention& d) {
   return true;
 }
 
+// A mask of q and k, or None.
+struct Mask {
+  static bool take(Call&, Attention& d, PyObject* object) {
+    if (object == Py_None) return true;
+    return d.q.ndim == 4 && d.k.ndim == 4 && view(object, &d.bias, true) && binding::broadcast_mask(d, &d.bias);
+  }
+};
+
 // True for a new LSE as the second result, False for none.
 struct Lse {
   static bool take(Call& call, Attention& d, PyObject* object) {
@@ -101,7 +130,7 @@ struct Lse {
     for (int i = 0; i < n - 2; ++i) size[i] = d.q.size[i];
     size[n - 2] = d.q.size[n - 1];
     size[n - 1] = d.q.size[n - 2];
-    return call.result(Py_None, [&] { return empty_f32(size, n); }) && view(call.results[1], &d.lse);
+    return call.result(Py_None, [&] { return empty(size, n); }) && view(call.results[1], &d.lse);
   }
 };
 
@@ -112,7 +141,7 @@ constexpr auto attention_of =
              Whole<&Attention::window_left>, Whole<&Attention::window_right>, Number<&Attention::softcap>,
              Optional<&Attention::sinks>, Optional<&Attention::alibi_slopes>,
              ResultWith<&Attention::out, 0, &Attention::q, &Attention::v>, Lse>;
-constexpr auto attention = attention_of<>;
+constexpr auto attention = attention_of<Mask>;
 constexpr auto attention_varlen = attention_of<Input<&Attention::cu_seqlens_q>, Input<&Attention::cu_seqlens_k>>;
 constexpr auto attention_paged =
     attention_of<Input<&Attention::block_table>, Input<&Attention::seq_lens>, Optional<&Attention::cu_seqlens_q>>;
@@ -223,7 +252,7 @@ struct Causal {
     d.align = FASTOPS_ALIGN_TOP_LEFT;
     d.window_left = -1;
     d.window_right = object == Py_True ? 0 : -1;
-    return PyBool_Check(object);
+    return object == Py_False || (object == Py_True && d.bias.ndim == 0);
   }
 };
 
@@ -239,7 +268,7 @@ bool any_head(Attention& d) {
 }
 
 constexpr auto sdpa = &operate<Attention, Attention, &fastops_attention_fwd, &fastops_attention_workspace, &any_head,
-                               Heads<&Attention::q>, Heads<&Attention::k>, Heads<&Attention::v>, Causal,
+                               Heads<&Attention::q>, Heads<&Attention::k>, Heads<&Attention::v>, Mask, Causal,
                                OptionalNumber<&Attention::scale>, Grouped, HeadsResult>;
 
 // The states of one call, as lists: as many outs as lses.
@@ -270,7 +299,7 @@ struct Lses {
     if (!d.take(1, object) || d.count != outs) return false;
     d.lses = d.states[1];
     const fastops_tensor& first = d.states[1][0];
-    return call.result(Py_None, [&] { return empty_f32(first.size, first.ndim); }) && view(call.results[1], &d.lse);
+    return call.result(Py_None, [&] { return empty(first.size, first.ndim); }) && view(call.results[1], &d.lse);
   }
 };
 
@@ -298,6 +327,9 @@ PyMethodDef* methods() {
                               method("direct_rms_norm", rms_norm),
                               method("direct_fused_add_rms_norm", fused_add_rms_norm),
                               method("direct_layer_norm", layer_norm),
+                              method("direct_rms_norm_quantised", rms_norm_quantised),
+                              method("direct_fused_add_rms_norm_quantised", fused_add_rms_norm_quantised),
+                              method("direct_layer_norm_quantised", layer_norm_quantised),
                               method("direct_silu_and_mul", and_mul<FASTOPS_SILU>),
                               method("direct_gelu_and_mul_tanh", and_mul<FASTOPS_GELU_TANH>),
                               method("direct_gelu_and_mul_none", and_mul<FASTOPS_GELU>),

@@ -2,6 +2,7 @@
 #include <cmath>
 #include <tuple>
 
+#include "torch/mask.h"
 #include "torch/register.h"
 
 namespace fastops::binding {
@@ -49,28 +50,11 @@ void run(const Place& at, fastops_attention_desc& d, const Tensor& out, const Op
   at.call(kForward, d);
 }
 
-// attn_mask [B or 1, Hq or 1, Sq or 1, Sk or 1], broadcast by strides of 0.
-fastops_tensor broadcast_mask(const Place& at, const OptTensor& mask, const fastops_attention_desc& d) {
+fastops_tensor mask_of(const Place& at, const OptTensor& mask, const fastops_attention_desc& d) {
   fastops_tensor m = at.view(mask, "attn_mask");
-  if (!mask || d.q.ndim != 4 || d.k.ndim != 4) return m;
-  if (m.ndim < 2 || m.ndim > 4)
+  if (mask && d.q.ndim == 4 && d.k.ndim == 4 && !broadcast_mask(d, &m))
     raise(FASTOPS_ERR_VALUE, "attention: attn_mask must have 2 to 4 dimensions [B, Hq, Sq, Sk]");
-  fastops_tensor r{};
-  r.data = m.data;
-  r.dtype = m.dtype;
-  r.ndim = 4;
-  const int64_t want[4] = {d.q.size[0], d.q.size[2], d.q.size[1], d.k.size[1]};
-  for (int i = 0; i < 4; ++i) {
-    const int j = i - (4 - m.ndim);
-    r.size[i] = want[i];
-    if (j < 0 || (m.size[j] == 1 && want[i] != 1)) {
-      r.stride[i] = 0;
-    } else {
-      r.size[i] = m.size[j];
-      r.stride[i] = m.stride[j];
-    }
-  }
-  return r;
+  return m;
 }
 
 using Pair = std::tuple<Tensor, Tensor>;
@@ -84,7 +68,7 @@ Pair attention(Tensor q, Tensor k, Tensor v, bool causal, std::optional<double> 
   const Place at(q);
   fastops_attention_desc d = describe(at, q, k, v, {causal, scale, wl, wr, softcap, sinks, alibi});
   d.align = top_left ? FASTOPS_ALIGN_TOP_LEFT : FASTOPS_ALIGN_BOTTOM_RIGHT;
-  d.bias = broadcast_mask(at, mask, d);
+  d.bias = mask_of(at, mask, d);
   Tensor out = at.empty({dim(q, 0), dim(q, 1), dim(q, 2), dim(v, 3)}, scalar_type(q));
   Tensor lse = return_lse ? at.empty({dim(q, 0), dim(q, 2), dim(q, 1)}, ScalarType::Float) : empty_lse(at);
   run(at, d, out, return_lse ? OptTensor(lse) : std::nullopt);
@@ -97,7 +81,7 @@ void attention_out(Tensor q, Tensor k, Tensor v, bool causal, std::optional<doub
   const Place at(q);
   fastops_attention_desc d = describe(at, q, k, v, {causal, scale, wl, wr, softcap, sinks, alibi});
   d.align = top_left ? FASTOPS_ALIGN_TOP_LEFT : FASTOPS_ALIGN_BOTTOM_RIGHT;
-  d.bias = broadcast_mask(at, mask, d);
+  d.bias = mask_of(at, mask, d);
   run(at, d, out, lse);
 }
 
@@ -231,7 +215,7 @@ Gradients attention_backward(Tensor dout, OptTensor dlse, Tensor out, Tensor lse
   const Place at(q);
   fastops_attention_desc d = describe(at, q, k, v, {causal, scale, wl, wr, softcap, sinks, alibi});
   d.align = top_left ? FASTOPS_ALIGN_TOP_LEFT : FASTOPS_ALIGN_BOTTOM_RIGHT;
-  d.bias = broadcast_mask(at, mask, d);
+  d.bias = mask_of(at, mask, d);
   return run_backward(at, d, dout, dlse, out, lse, q, k, v, sinks);
 }
 
@@ -296,7 +280,7 @@ Tensor scaled_dot_product_attention(Tensor query, Tensor key, Tensor value, OptT
     }
     d.bias = r;
   } else {
-    d.bias = broadcast_mask(at, mask, d);
+    d.bias = mask_of(at, mask, d);
   }
   const ScalarType dtype = scalar_type(query);
   Tensor out = query.dim() == 4 ? at.empty({d.q.size[0], d.q.size[2], d.q.size[1], d.v.size[3]}, dtype)

@@ -225,9 +225,10 @@ def attention(
         >>> fastops.attention(q, k, k, causal=True).shape
         torch.Size([1, 5, 8, 64])
     """
-    if attn_mask is None and type(window) is tuple and len(window) == 2 and not is_compiling():
+    if type(window) is tuple and len(window) == 2 and not is_compiling():
         left, right = window
-        y = _direct(q, k, v, scale, left, 0 if causal else right, softcap, sinks, alibi_slopes, out, return_lse)
+        right = 0 if causal else right
+        y = _direct(q, k, v, attn_mask, scale, left, right, softcap, sinks, alibi_slopes, out, return_lse)
         if y is not None:
             return y
     plain = sinks is None and alibi_slopes is None and attn_mask is None and out is None and not return_lse

@@ -266,6 +266,15 @@ def _rms_cpp(
 
 _rms = _operator("rms_norm", _rms_cpp, _rms_reference, _rms_validate)
 _rms_direct = _ops.direct("rms_norm")
+_DIRECT = {name: _ops.direct(name) for name in (
+    "rms_norm_quantised", "fused_add_rms_norm_quantised", "layer_norm_quantised",
+)}  # fmt: skip
+_CODES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+
+
+def _directly(name: str, quant: str, out: Tensor | None, *args: Any) -> Any:
+    """A direct call (csrc/python/direct.h) for (codes, scales); None where it is not taken."""
+    return _DIRECT[name](*args, _CODES[quant]) if out is None and quant in _CODES else None
 
 
 def rms_norm(
@@ -303,8 +312,11 @@ def rms_norm(
         >>> fastops.rms_norm(torch.tensor([3.0, 4.0]), eps=0.0)
         tensor([0.8485, 1.1314])
     """
-    if quant is None and not is_compiling():
-        y = _rms_direct(x, weight, eps, weight_offset, out)
+    if not is_compiling():
+        if quant is None:
+            y = _rms_direct(x, weight, eps, weight_offset, out)
+        else:
+            y = _directly("rms_norm_quantised", quant, out, x, weight, eps, weight_offset)
         if y is not None:
             return y
     common.require_tensor("rms_norm", "x", x)
@@ -384,8 +396,12 @@ def fused_add_rms_norm(
     Numerics: the sum is normalised in fp32, before it is rounded for `residual` (FlashInfer's way; vLLM rounds first).
     Cost: memory-bound, two reads and two writes of each element.
     """
-    if quant is None and not is_compiling() and _fused_direct(x, residual, weight, eps, weight_offset):
-        return x, residual
+    if not is_compiling():
+        if quant is None:
+            if _fused_direct(x, residual, weight, eps, weight_offset):
+                return x, residual
+        elif y := _directly("fused_add_rms_norm_quantised", quant, None, x, residual, weight, eps, weight_offset):
+            return y  # type: ignore[no-any-return]
     common.require_tensor("fused_add_rms_norm", "x", x)
     return _fused((x.dtype, x.device), x, residual, weight, eps, weight_offset=weight_offset, quant=quant)
 
@@ -467,8 +483,11 @@ def layer_norm(
 
     Source: Ba, Kiros and Hinton, Layer Normalization, arXiv:1607.06450, equation 4.
     """
-    if quant is None and not is_compiling():
-        y = _layer_direct(x, weight, bias, eps, out)
+    if not is_compiling():
+        if quant is None:
+            y = _layer_direct(x, weight, bias, eps, out)
+        else:
+            y = _directly("layer_norm_quantised", quant, out, x, weight, bias, eps)
         if y is not None:
             return y
     common.require_tensor("layer_norm", "x", x)

@@ -168,8 +168,8 @@ def scaled_dot_product_attention(
         >>> fastops.scaled_dot_product_attention(x, x, x, is_causal=True).shape
         torch.Size([2, 4, 10, 64])
     """
-    if attn_mask is None and dropout_p == 0.0 and not is_compiling():
-        y = _direct(query, key, value, is_causal, scale, enable_gqa, None)
+    if dropout_p == 0.0 and not is_compiling():
+        y = _direct(query, key, value, attn_mask, is_causal, scale, enable_gqa, None)
         if y is not None:
             return y  # type: ignore[no-any-return]
     common.require_tensor(NAME, "query", query)

@@ -35,6 +35,17 @@ def calls():
     ops = torch.ops.fastops
     yield "rms_norm", (x, w, 1e-6, 1.0, None), lambda: ops.rms_norm(x, w, 1e-6, weight_offset=1.0)
     yield "layer_norm", (x, w, w, 1e-5, None), lambda: ops.layer_norm(x, w, w, 1e-5)
+    for kind, codes in ((1, torch.int8), (2, torch.float8_e4m3fn)):
+        yield (
+            "rms_norm_quantised",
+            (x, w, 1e-6, 1.0, codes),
+            lambda kind=kind: ops.norm(x, None, w, None, 1e-6, weight_offset=1.0, quant=kind)[::2][:2],
+        )
+        yield (
+            "layer_norm_quantised",
+            (x, w, w, 1e-5, codes),
+            lambda kind=kind: ops.norm(x, None, w, w, 1e-5, layer=True, quant=kind)[::2][:2],
+        )
     yield "silu_and_mul", (x, torch.empty(6, 32)), lambda: ops.silu_and_mul(x)
     for kind in ("tanh", "none"):
         into = torch.empty(6, 32)
@@ -64,14 +75,33 @@ def calls():
     slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625])
     yield (
         "attention",
-        (a, b, c, None, 4, 0, 20.0, slopes, slopes, None, False),
+        (a, b, c, None, None, 4, 0, 20.0, slopes, slopes, None, False),
         lambda: ops.attention(a, b, c, causal=True, window_left=4, softcap=20.0, sinks=slopes, alibi_slopes=slopes)[0],
     )
     yield (
         "attention",
-        (a, b, c, None, -1, 0, 0.0, None, None, None, True),
+        (a, b, c, None, None, -1, 0, 0.0, None, None, None, True),
         lambda: ops.attention(a, b, c, causal=True, return_lse=True),
     )
+    masks = (
+        torch.rand(2, 1, 3, 9, generator=g) > 0.5,
+        torch.randn(4, 1, 9, generator=g),
+        torch.randn(3, 1, generator=g).expand(3, 9),
+        torch.randn(9, 3, generator=g).T.bfloat16(),
+    )
+    for m in masks:
+        yield (
+            "attention",
+            (a, b, c, m, None, -1, -1, 0.0, None, None, None, False),
+            lambda m=m: ops.attention(a, b, c, attn_mask=m)[0],
+        )
+        yield (
+            "scaled_dot_product_attention",
+            (a.transpose(1, 2), b.transpose(1, 2), c.transpose(1, 2), m, False, None, True, None),
+            lambda m=m: ops.scaled_dot_product_attention(
+                a.transpose(1, 2), b.transpose(1, 2), c.transpose(1, 2), m, enable_gqa=True
+            ),
+        )
     ends = torch.tensor([0, 1, 5], dtype=torch.int32), torch.tensor([0, 0, 9], dtype=torch.int32)
     for lse in (False, True):  # the last row of q is nobody's
         yield (
@@ -117,14 +147,14 @@ def calls():
     wide = torch.randn(2, 4, 9, 20, generator=g)
     yield (
         "scaled_dot_product_attention",
-        (a.transpose(1, 2), b.transpose(1, 2), c.transpose(1, 2), True, None, True, None),
+        (a.transpose(1, 2), b.transpose(1, 2), c.transpose(1, 2), None, True, None, True, None),
         lambda: ops.scaled_dot_product_attention(
             a.transpose(1, 2), b.transpose(1, 2), c.transpose(1, 2), is_causal=True, enable_gqa=True
         ),
     )
     yield (
         "scaled_dot_product_attention",
-        (wide[:, :, :3], wide, wide, False, 0.2, False, None),
+        (wide[:, :, :3], wide, wide, None, False, 0.2, False, None),
         lambda: ops.scaled_dot_product_attention(wide[:, :, :3], wide, wide, scale=0.2),
     )
     yield "scale_add", (x, y, 2, None), lambda: ops.scale_add(x, y, alpha=2.0)
@@ -145,6 +175,46 @@ def test_in_place(x):
     torch.ops.fastops.fused_add_rms_norm(x, residual)
     assert torch.equal(a, x)
     assert torch.equal(b, residual)
+
+
+def test_quantised_after_an_addition(x):
+    residual = torch.randn(4, 64)
+    total, before = residual.clone(), x.clone()
+    codes, scales = C.direct_fused_add_rms_norm_quantised(x, total, None, 1e-6, 0.0, torch.int8)
+    expected = torch.ops.fastops.norm(x, residual, None, None, 1e-6, quant=1)
+    for got, want in zip((codes, total, scales, x), (*expected[:3], before), strict=True):
+        assert torch.equal(got, want)
+    assert C.direct_rms_norm_quantised(x, None, 1e-6, 0.0, torch.int16) is None
+    assert C.direct_rms_norm_quantised(x, None, 1e-6, 0.0, "int8") is None
+    assert C.direct_rms_norm_quantised(x[0], None, 1e-6, 0.0, torch.int8) is None  # a scale without dimensions
+
+
+def test_takes_masks_that_broadcast_only():
+    q, k = torch.randn(2, 3, 4, 16), torch.randn(2, 9, 4, 16)
+    with pytest.raises(ValueError, match="not both"):
+        fastops.scaled_dot_product_attention(q, q, q, torch.ones(4, 4, dtype=torch.bool), is_causal=True)
+    for mask in (
+        torch.ones(9),
+        torch.ones(2, 9),
+        torch.ones(1, 2, 4, 3, 9),
+        torch.ones(3, 9).double(),
+        torch.ones(3, 9).int(),
+    ):
+        assert C.direct_attention(q, k, k, mask, None, -1, -1, 0.0, None, None, None, False) is None
+    with pytest.raises(ValueError, match="must broadcast to"):
+        fastops.attention(q, k, k, attn_mask=torch.ones(2, 9))
+
+
+def test_merges_what_goes_together_only():
+    o, l = torch.randn(2, 3, 8), torch.randn(3, 2)
+    assert C.direct_merge_states([o, o], [l, l]) is not None
+    for outs, lses in (
+        ([], []), ([o], [l, l]), ((o, o), (l, l)), ([o, o[:1]], [l, l]), ([o, o], [l, l.T]), ([o, o], [l, l.double()]),
+        ([o, 1], [l, l]), ([o] * 17, [l] * 17),
+    ):  # fmt: skip
+        assert C.direct_merge_states(outs, lses) is None
+    many = fastops.merge_states([o] * 17, [l] * 17)
+    assert torch.allclose(many[0], o, atol=1e-6)
 
 
 def test_writes_to_out_and_returns_it(x):
@@ -271,8 +341,8 @@ def test_products_take_rows_without_a_copy_only(x):
 
 def test_sdpa_refuses_unequal_heads_without_gqa():
     q, k = torch.randn(1, 4, 2, 16), torch.randn(1, 2, 2, 16)
-    assert C.direct_scaled_dot_product_attention(q, k, k, False, None, False, None) is None
-    assert C.direct_scaled_dot_product_attention(q, k, k, False, None, True, None) is not None
+    assert C.direct_scaled_dot_product_attention(q, k, k, None, False, None, False, None) is None
+    assert C.direct_scaled_dot_product_attention(q, k, k, None, False, None, True, None) is not None
     with pytest.raises(ValueError, match="enable_gqa"):
         fastops.scaled_dot_product_attention(q, k, k)
 
