@@ -19,7 +19,7 @@ from .bars import BARS
 from .case import DTYPES, Case
 from .ceilings import Ceilings
 from .machine import describe
-from .protocol import BOUND_BY_MEMORY, NOISE_FLOOR, Ratio, Timing, input_sets, measure, ratio
+from .protocol import BOUND_BY_MEMORY, NOISE_FLOOR, Ratio, Timing, input_sets, measure, ratio, results_kept
 from .shapes import named
 
 ALWAYS = {"attention_paged": ("dense", "bf16")}  # rivals that are measured unasked; "copy" everywhere
@@ -164,7 +164,8 @@ def run_cases(cases: list[Case], args: argparse.Namespace, ceilings: Ceilings) -
             leave_out_broken(ways, rivals, inputs[0])
             if case.kind in BOUND_BY_MEMORY:
                 ways[MEMORY], size = ceilings.reader() if case.kind == "memory" else ceilings.copier()
-            timings = measure(ways, inputs, args.time, bar.share)
+            with results_kept(case.kind):
+                timings = measure(ways, inputs, args.time, bar.share)
             del inputs
             ceilings.measure(quick)
             ceiling: tuple[float, ...] = (ceilings.flops,) if case.kind == "compute" else ()
