@@ -1,6 +1,9 @@
 """The benchmark's own promises: right ratios, honest words, bars that fail, results that can be read back."""
 
+import ctypes
 import json
+import subprocess
+import sys
 import time
 
 import pytest
@@ -71,6 +74,32 @@ def test_input_sets_fit_the_memory(monkeypatch):
     assert protocol.input_sets(lambda: 1, 1e3, "memory", lambda one: one + 1) == [1, 2, 2, 2]
     monkeypatch.undo()
     assert 0 < protocol.memory_left() < 1 << 50
+
+
+def test_results_of_compute_bound_cases_stay_in_memory_that_is_there():
+    code = """
+import ctypes, resource, torch
+from fastops.bench.protocol import M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, results_kept
+def faults():
+    seen = []
+    for _ in range(30):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(16 << 20, dtype=torch.uint8)
+        seen.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    return sum(seen[20:])
+libc = ctypes.CDLL(None)
+libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
+libc.mallopt(M_TRIM_THRESHOLD, 0)  # all that can be given back is
+for kind in ("memory", "compute"):
+    with results_kept(kind):
+        print(faults())
+"""
+    if not hasattr(ctypes.CDLL(None), "mallopt"):
+        pytest.skip("not glibc")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    given_back, kept = map(int, done.stdout.split())
+    assert given_back > 50  # ten times eight large pages at least
+    assert kept < 50
 
 
 def test_every_candidate_sees_every_input_before_the_clock_starts(monkeypatch):

@@ -18,10 +18,9 @@ struct LaneTiles : LaneRows<Direct<bf16>, false, true> {
   static constexpr int kKeys = 16;   // of one
   static constexpr int kChannels = 32;
   static constexpr int kLeastRows = 3;
-  static constexpr int64_t kLongRow = 2 << 10;  // bytes; the processor asks for these ahead better than we do
-  static constexpr int kKeysTogether = kKeys;   // pages of 16 keys and more then hold whole tiles
-  int q_tiles, v_tiles;                         // of a head
-  int weighed;                                  // keys weighed together
+  static constexpr int kKeysTogether = kKeys;  // pages of 16 keys and more then hold whole tiles
+  int q_tiles, v_tiles;                        // of a head
+  int weighed;                                 // keys weighed together
   float *copies, *p16;  // four tiles; and [heads of a vector][keys weighed together / 16] tiles of P
   int copy = 0;
   bool finite = true;
@@ -94,7 +93,7 @@ struct LaneTiles : LaneRows<Direct<bf16>, false, true> {
 
   // Scores as [keys][lanes].
   void scores(int, int, int n) {
-    RowStream stream = asks && v_bytes < kLongRow ? RowStream(w.kr, 0, k_bytes, w.vr, n, v_bytes) : RowStream();
+    RowStream stream = asks ? RowStream(w.kr, 0, k_bytes, w.vr, n, v_bytes) : RowStream();
     const int lines = (kKeys * w.Dv + w.D - 1) / w.D;
     for (int j = 0; j < n; j += 4 * kKeys) {
       Place at[4];
@@ -171,8 +170,7 @@ struct LaneTiles : LaneRows<Direct<bf16>, false, true> {
   }
 
   void accumulate(int, int, int n) {
-    RowStream stream =
-        asks && k_bytes < kLongRow ? RowStream(w.vr, 0, v_bytes, w.kr + w.tile, next, k_bytes) : RowStream();
+    RowStream stream = asks ? RowStream(w.vr, 0, v_bytes, w.kr + w.tile, next, k_bytes) : RowStream();
     const int lines = (kKeys * w.D + w.Dv - 1) / w.Dv;
     for (int j = 0; j < n; j += weighed) {
       const int end = j + weighed < n ? j + weighed : n, tiles = (end - j + kKeys - 1) / kKeys;
