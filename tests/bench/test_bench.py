@@ -1,9 +1,6 @@
 """The benchmark's own promises: right ratios, honest words, bars that fail, results that can be read back."""
 
-import ctypes
 import json
-import subprocess
-import sys
 import time
 
 import pytest
@@ -76,30 +73,23 @@ def test_input_sets_fit_the_memory(monkeypatch):
     assert 0 < protocol.memory_left() < 1 << 50
 
 
-def test_results_of_compute_bound_cases_stay_in_memory_that_is_there():
-    code = """
-import ctypes, resource, torch
-from fastops.bench.protocol import M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, results_kept
-def faults():
-    seen = []
-    for _ in range(30):
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.ones(16 << 20, dtype=torch.uint8)
-        seen.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-    return sum(seen[20:])
-libc = ctypes.CDLL(None)
-libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
-libc.mallopt(M_TRIM_THRESHOLD, 0)  # all that can be given back is
-for kind in ("memory", "compute"):
-    with results_kept(kind):
-        print(faults())
-"""
-    if not hasattr(ctypes.CDLL(None), "mallopt"):
-        pytest.skip("not glibc")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    given_back, kept = map(int, done.stdout.split())
-    assert given_back > 50  # ten times eight large pages at least
-    assert kept < 50
+@pytest.mark.parametrize(("kind", "asked"), [("compute", True), ("memory", False), ("copy", False)])
+def test_results_of_compute_bound_cases_stay_in_memory_that_is_there(monkeypatch, kind, asked):
+    class Libc:
+        def mallopt(self, what, value):
+            set_to[what] = value
+
+        def malloc_trim(self, left):
+            trimmed.append(left)
+
+    set_to, trimmed = {}, []
+    monkeypatch.setattr(protocol.ctypes, "CDLL", lambda name: Libc())
+    with protocol.results_kept(kind):
+        assert (set_to.get(protocol.M_TRIM_THRESHOLD, 0) > 500 << 20) is asked
+        assert not trimmed
+    assert (protocol.M_MMAP_THRESHOLD in set_to) is asked
+    assert set_to.get(protocol.M_TRIM_THRESHOLD, 0) < 100 << 20
+    assert bool(trimmed) is asked
 
 
 def test_every_candidate_sees_every_input_before_the_clock_starts(monkeypatch):
