@@ -265,20 +265,15 @@ Tensor scaled_dot_product_attention(Tensor query, Tensor key, Tensor value, OptT
   d.window_left = -1;
   d.window_right = is_causal ? 0 : -1;
   if (mask && query.dim() == 3 && mask->dim() == 3) {
-    fastops_tensor m = at.view(mask, "attn_mask");  // [B, Sq, Sk]: one head
-    fastops_tensor r = m;
-    r.ndim = 4;
-    r.size[1] = 1;
-    r.stride[1] = 0;
-    const int64_t want[4] = {d.q.size[0], 1, d.q.size[1], d.k.size[1]};
-    for (int i = 0; i < 4; ++i) {
-      const int j = i == 0 ? 0 : i - 1;
-      if (i == 1) continue;
-      r.size[i] = want[i];
-      r.stride[i] = m.size[j] == 1 && want[i] != 1 ? 0 : m.stride[j];
-      if (m.size[j] != 1 && m.size[j] != want[i]) r.size[i] = m.size[j];
+    const fastops_tensor m = at.view(mask, "attn_mask");  // [B, Sq, Sk]: one head
+    d.bias = m;
+    d.bias.ndim = 4;
+    for (int i = 3; i > 1; --i) {
+      d.bias.size[i] = m.size[i - 1];
+      d.bias.stride[i] = m.stride[i - 1];
     }
-    d.bias = r;
+    d.bias.size[1] = 1;
+    broadcast_mask(d, &d.bias);
   } else {
     d.bias = mask_of(at, mask, d);
   }
