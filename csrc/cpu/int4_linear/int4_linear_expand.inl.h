@@ -55,14 +55,6 @@ void expand(const Int4Params& p, int64_t panel, int64_t word0, int64_t words, fl
   }
 }
 
-#if defined(FASTOPS_HAS_BF16_DOT)
-// The upper halves of two numbers' bits: a pair of bf16.
-FASTOPS_INLINE __m512i upper_pair(vf first, vf second) {
-  return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(_mm512_castps_si512(first), 16),
-                                 _mm512_castps_si512(second));
-}
-#endif
-
 // As expand, of both planes at once: weights of 8 bits are bytes that stand for 136 less, bf16 or (scaled) fp32.
 template <Mode mode>
 void expand_joined(const Int4Params& p, int64_t panel, int64_t word0, int64_t words, float* to) {
@@ -91,7 +83,7 @@ void expand_joined(const Int4Params& p, int64_t panel, int64_t word0, int64_t wo
 #if defined(FASTOPS_HAS_BF16_DOT)
           if constexpr (mode == Mode::bf16) {
             const auto pair = [&](auto i) FASTOPS_LAMBDA {
-              vistore(dst + i * kInt4Panel, upper_pair(weight(i), weight(Index<decltype(i)::value + 4>())));
+              vstore(dst + i * kInt4Panel, vupper_pairs(weight(i), weight(Index<decltype(i)::value + 4>())));
             };
             each_of<4>(pair);
           }

@@ -29,8 +29,8 @@ void expand_scaled(const Int4Params& p, int64_t panel, int64_t word0, int64_t wo
             return vfma(x, tiny, vsub(x, vi_as_bits(vimask<0xffff0000u>(vi_from_bits(x)))));
           };
           float* dst = to + b * kInt4Block + (w * 4 + k) * kInt4Panel;
-          vistore(dst, upper_pair(first, second));
-          vistore(dst + plane, upper_pair(rest(first), rest(second)));
+          vstore(dst, vupper_pairs(first, second));
+          vstore(dst + plane, vupper_pairs(rest(first), rest(second)));
         };
         each_of<4>(pair);
       }
