@@ -18,6 +18,7 @@ struct LaneTiles : LaneRows<Direct<bf16>, false, true> {
   static constexpr int kKeys = 16;   // of one
   static constexpr int kChannels = 32;
   static constexpr int kLeastRows = 3;
+  static constexpr int64_t kAhead = 64 << 10;  // of K, or of V, in a tile: asked for a tile ahead
   static constexpr int kKeysTogether = kKeys;  // pages of 16 keys and more then hold whole tiles
   int q_tiles, v_tiles;                        // of a head
   int weighed;                                 // keys weighed together
@@ -38,6 +39,7 @@ struct LaneTiles : LaneRows<Direct<bf16>, false, true> {
     const int64_t room = (w.v - p16) + static_cast<int64_t>(attention_key_tile(w.D, w.Dv)) * w.VP;
     const int64_t fit = room / (group * W) / kKeys * kKeys;
     plan_tile(lanes);
+    w.tile = w.BK = keys(kAhead, 2 * kKeys, w.tile);
     weighed = fit < w.tile ? static_cast<int>(fit) : w.tile;
     block = lead = w.tile;
     std::memset(w.q, 0, sizeof(float) * static_cast<size_t>(rows_held() / per * w.heads * q_tiles * kTile));
@@ -114,8 +116,9 @@ struct LaneTiles : LaneRows<Direct<bf16>, false, true> {
             const auto one = [&](auto b) FASTOPS_LAMBDA {
               constexpr int kAt = decltype(b)::value, kA = 4 + kAt % 2;
               if (kAt >= count) return;
-              stream.step(lines);
+              stream.step(lines - lines / 2);
               load<kA>(t, at[kAt], rows + kAt * kKeys, n - j - kAt * kKeys, offset);
+              stream.step(lines / 2);
               t.dot_bf16<kAt, kA, 6>();
             };
             each_of<4>(one);
@@ -200,9 +203,10 @@ struct LaneTiles : LaneRows<Direct<bf16>, false, true> {
             const auto one = [&](auto i) FASTOPS_LAMBDA {
               constexpr int kAt = decltype(i)::value, kB = 6 + kAt % 2;
               if (kAt >= count) return;
-              stream.step(lines);
+              stream.step(lines - lines / 2);
               if (anew[kAt]) t.load<4>(weights[kAt] + b * kTile, 64);
               load<kB>(t, at[b], w.vr + j + b * kKeys, n - j - b * kKeys, columns_at[kAt]);
+              stream.step(lines / 2);
               t.dot_bf16<kAt, 4, kB>();
             };
             each_of<4>(one);
