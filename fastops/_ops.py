@@ -14,6 +14,12 @@ import torch
 FOLDER = Path(__file__).parent / "lib"  # of the compiled libraries
 _LIBRARY = FOLDER / "libfastops_torch.so"
 
+# By fastops_dtype of the C API.
+DTYPES = (
+    None, torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.int64, torch.bool, torch.float64,
+    torch.uint8, torch.int8, torch.float8_e4m3fn,
+)  # fmt: skip
+
 control: Any = None  # fastops._C, or None
 missing: str | None = None  # why there is no compiled library
 
@@ -154,8 +160,7 @@ def begin_direct(forced: Any) -> None:
         return  # then no call is direct
     control.direct_begin(
         torch.Tensor, torch.nn.Parameter, capsule, forced, vars(torch.autograd.profiler),
-        vars(torch.autograd.forward_ad), tuple(guards), step, torch.contiguous_format, torch.empty_like,
-        torch.empty_strided, torch.float32,
+        vars(torch.autograd.forward_ad), tuple(guards), step, torch.empty_strided, DTYPES,
     )  # fmt: skip
 
 

@@ -1,16 +1,22 @@
 #include "python/direct.h"
 
+#if defined(__linux__)
+#include <dlfcn.h>
+#endif
+
 namespace fastops::direct {
 namespace {
+
+using Wrap = PyObject* (*)(const void* tensor);
 
 // What `begin` was given. All live as long as the process.
 struct {
   PyTypeObject *tensor = nullptr, *parameter = nullptr;
   const DLPackExchangeAPI* exchange = nullptr;
-  PyObject *forced = nullptr, *profiler = nullptr, *forward = nullptr, *guards = nullptr, *step = nullptr,
-           *contiguous = nullptr;
-  PyObject *empty_like = nullptr, *empty_strided = nullptr, *format_keyword = nullptr, *dtype_keyword = nullptr;
-  PyObject *requires_grad = nullptr, *profiling = nullptr, *level = nullptr, *dtype = nullptr, *float32 = nullptr;
+  PyObject *forced = nullptr, *profiler = nullptr, *forward = nullptr, *guards = nullptr, *step = nullptr;
+  PyObject *empty_strided = nullptr, *dtypes = nullptr, *dtype_keyword = nullptr;
+  PyObject *requires_grad = nullptr, *profiling = nullptr, *level = nullptr;
+  Wrap wrap = nullptr;  // torch's function that makes a Python object of a tensor, or none
 } g;
 
 fastops_dtype dtype_of(const DLDataType& t) {
@@ -98,13 +104,6 @@ bool allowed() {
   return true;
 }
 
-PyObject* like(PyObject* object) {
-  PyObject* args[] = {object, g.contiguous};
-  PyObject* made = PyObject_Vectorcall(g.empty_like, args, 1, g.format_keyword);
-  if (made == nullptr) PyErr_Clear();
-  return made;
-}
-
 bool number(PyObject* object, float* to) {
   if (!PyFloat_CheckExact(object) && !PyLong_CheckExact(object)) return false;
   *to = static_cast<float>(PyFloat_AsDouble(object));
@@ -136,15 +135,26 @@ bool flatten(fastops_tensor* t) {
   return true;
 }
 
-PyObject* empty(const int64_t* sizes, int ndim, PyObject* dtype) {
-  PyObject* args[] = {PyTuple_New(ndim), PyTuple_New(ndim), dtype != nullptr ? dtype : g.float32};
+PyObject* empty(const int64_t* sizes, int ndim, fastops_dtype dtype) {
+  int64_t strides[FASTOPS_MAX_DIMS], step = 1;
+  for (int i = ndim; i-- > 0;) {
+    strides[i] = step;
+    step *= sizes[i] > 0 ? sizes[i] : 1;
+  }
+  if (g.wrap != nullptr) {
+    void* tensor = fastops_torch_empty(sizes, strides, ndim, dtype);
+    if (tensor == nullptr) return nullptr;
+    PyObject* made = g.wrap(tensor);
+    fastops_torch_release(tensor);
+    if (made == nullptr) PyErr_Clear();
+    return made;
+  }
+  PyObject* args[] = {PyTuple_New(ndim), PyTuple_New(ndim), PyTuple_GET_ITEM(g.dtypes, dtype)};
   PyObject* made = nullptr;
   if (args[0] != nullptr && args[1] != nullptr) {
-    int64_t step = 1;
-    for (int i = ndim - 1; i >= 0; --i) {
+    for (int i = 0; i < ndim; ++i) {
       PyTuple_SET_ITEM(args[0], i, PyLong_FromLongLong(sizes[i]));
-      PyTuple_SET_ITEM(args[1], i, PyLong_FromLongLong(step));
-      step *= sizes[i] > 0 ? sizes[i] : 1;
+      PyTuple_SET_ITEM(args[1], i, PyLong_FromLongLong(strides[i]));
     }
     made = PyObject_Vectorcall(g.empty_strided, args, 2, g.dtype_keyword);
   }
@@ -154,15 +164,48 @@ PyObject* empty(const int64_t* sizes, int ndim, PyObject* dtype) {
   return made;
 }
 
-PyObject* like_with(PyObject* object, const fastops_tensor& seen, int64_t last) {
+PyObject* like(PyObject* object) {
+  fastops_tensor seen;
+  return view(object, &seen) ? empty(seen.size, seen.ndim, static_cast<fastops_dtype>(seen.dtype)) : nullptr;
+}
+
+PyObject* like_with(const fastops_tensor& seen, int64_t last) {
   int64_t size[FASTOPS_MAX_DIMS];
   for (int i = 0; i < seen.ndim; ++i) size[i] = i == seen.ndim - 1 ? last : seen.size[i];
-  PyObject* dtype = PyObject_GetAttr(object, g.dtype);
-  PyObject* made = dtype == nullptr ? nullptr : empty(size, seen.ndim, dtype);
-  if (made == nullptr) PyErr_Clear();
-  Py_XDECREF(dtype);
-  return made;
+  return empty(size, seen.ndim, static_cast<fastops_dtype>(seen.dtype));
 }
+
+fastops_dtype dtype_from(PyObject* object) {
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(g.dtypes); ++i)
+    if (PyTuple_GET_ITEM(g.dtypes, i) == object) return static_cast<fastops_dtype>(i);
+  return FASTOPS_DTYPE_NONE;
+}
+
+namespace {
+
+// torch's function, found by name because torch's C API has none, and tried before it is taken: else null.
+Wrap find_wrap() {
+#if defined(__linux__)
+  void* torch = dlopen("libtorch_python.so", RTLD_NOLOAD | RTLD_LAZY);
+  if (torch == nullptr) return nullptr;
+  const auto wrap = reinterpret_cast<Wrap>(dlsym(torch, "_Z16THPVariable_WrapRKN2at10TensorBaseE"));
+  dlclose(torch);
+  return wrap;
+#else
+  return nullptr;
+#endif
+}
+bool wraps() {
+  const int64_t size[] = {2, 3};
+  PyObject* made = empty(size, 2, FASTOPS_BF16);
+  fastops_tensor seen{};
+  const bool right = made != nullptr && Py_TYPE(made) == g.tensor && view(made, &seen) && seen.ndim == 2 &&
+                     seen.size[0] == 2 && seen.size[1] == 3 && seen.stride[0] == 3 && seen.dtype == FASTOPS_BF16;
+  Py_XDECREF(made);
+  return right;
+}
+
+}  // namespace
 
 PyObject* Call::run(fastops_torch_function function, fastops_torch_workspace workspace, const void* desc) {
   if (n_written > 0) {  // before, for it may be forbidden: then the long way says so
@@ -200,11 +243,10 @@ PyObject* Call::run(fastops_torch_function function, fastops_torch_workspace wor
   return all;
 }
 
-// begin(Tensor, Parameter, exchange, forced, profiler, forward_ad, guards, step, contiguous, empty_like,
-// empty_strided, float32)
+// begin(Tensor, Parameter, exchange, forced, profiler, forward_ad, guards, step, empty_strided, dtypes)
 PyObject* begin(PyObject*, PyObject* const* args, Py_ssize_t n) {
-  if (n != 12) {
-    PyErr_SetString(PyExc_TypeError, "direct_begin needs 12 arguments");
+  if (n != 10) {
+    PyErr_SetString(PyExc_TypeError, "direct_begin needs 10 arguments");
     return nullptr;
   }
   const auto* header =
@@ -222,17 +264,15 @@ PyObject* begin(PyObject*, PyObject* const* args, Py_ssize_t n) {
   g.forward = args[5];
   g.guards = args[6];
   g.step = args[7];
-  g.contiguous = args[8];
-  g.empty_like = args[9];
-  g.empty_strided = args[10];
-  g.float32 = args[11];
+  g.empty_strided = args[8];
+  g.dtypes = args[9];
   g.requires_grad = PyUnicode_InternFromString("requires_grad");
   g.profiling = PyUnicode_InternFromString("_is_profiler_enabled");
   g.level = PyUnicode_InternFromString("_current_level");
-  g.dtype = PyUnicode_InternFromString("dtype");
-  g.format_keyword = Py_BuildValue("(s)", "memory_format");
   g.dtype_keyword = Py_BuildValue("(s)", "dtype");
   g.exchange = reinterpret_cast<const DLPackExchangeAPI*>(header);
+  g.wrap = find_wrap();
+  if (g.wrap != nullptr && !wraps()) g.wrap = nullptr;
   Py_RETURN_TRUE;
 }
 

@@ -27,11 +27,14 @@ PyObject* like(PyObject* object);
 // Leading dimensions as one: [..., K] to [M, K]; false where that takes a copy.
 bool flatten(fastops_tensor* t);
 
-// A new contiguous tensor like `object` but for its last dimension, or null (no error set).
-PyObject* like_with(PyObject* object, const fastops_tensor& seen, int64_t last);
+// A new contiguous tensor like `seen` but for its last dimension, or null (no error set).
+PyObject* like_with(const fastops_tensor& seen, int64_t last);
 
-// A new contiguous one of a torch.dtype, null for fp32; or null (no error set).
-PyObject* empty(const int64_t* size, int ndim, PyObject* dtype = nullptr);
+// A new contiguous one, or null (no error set).
+PyObject* empty(const int64_t* size, int ndim, fastops_dtype dtype = FASTOPS_F32);
+
+// Of a torch.dtype.
+fastops_dtype dtype_from(PyObject* object);
 
 // The functions fastops._C gets; the first is `begin`, without which no call is taken.
 PyMethodDef* methods();
@@ -146,7 +149,7 @@ struct ResultWith {
   template <class D>
   static bool take(Call& call, D& d, PyObject* object) {
     const fastops_tensor& last = d.*Last;
-    return call.result(object, [&] { return like_with(call.args[Like], d.*Seen, last.size[last.ndim - 1]); }) &&
+    return call.result(object, [&] { return like_with(d.*Seen, last.size[last.ndim - 1]); }) &&
            view(call.results[call.n_results - 1], &(d.*Member));
   }
 };
@@ -168,8 +171,8 @@ struct RowsResult {
     fastops_tensor rows;
     if (!whole(call.args[N], &n) || n < 0 || !view(call.args[Of], &rows)) return false;
     fastops_tensor& out = d.*Member;
-    if (!call.result(object, [&] { return like_with(call.args[Of], rows, n); }) ||
-        !view(call.results[call.n_results - 1], &out) || out.ndim != rows.ndim)
+    if (!call.result(object, [&] { return like_with(rows, n); }) || !view(call.results[call.n_results - 1], &out) ||
+        out.ndim != rows.ndim)
       return false;
     rows.size[rows.ndim - 1] = n;
     for (int i = 0; i < rows.ndim; ++i)

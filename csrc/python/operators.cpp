@@ -57,7 +57,9 @@ constexpr auto layer_norm = norm<&layer, Input<&Norm::x>, Optional<&Norm::weight
 
 // New codes of the given torch.dtype, and a scale for each row.
 struct Codes {
-  static bool take(Call& call, Norm& d, PyObject* dtype) {
+  static bool take(Call& call, Norm& d, PyObject* object) {
+    const fastops_dtype dtype = dtype_from(object);
+    if (dtype == FASTOPS_DTYPE_NONE) return false;
     return call.result(Py_None, [&] { return empty(d.x.size, d.x.ndim, dtype); }) && view(call.results[0], &d.out) &&
            call.result(Py_None, [&] { return empty(d.x.size, d.x.ndim - 1); }) && view(call.results[1], &d.scales);
   }
@@ -73,7 +75,7 @@ constexpr auto layer_norm_quantised =
 
 struct HalfResult {
   static bool take(Call& call, Gated& d, PyObject* object) {
-    return call.result(object, [&] { return like_with(call.args[0], d.gate, d.gate.size[d.gate.ndim - 1] / 2); }) &&
+    return call.result(object, [&] { return like_with(d.gate, d.gate.size[d.gate.ndim - 1] / 2); }) &&
            view(call.results[0], &d.out);
   }
 };
@@ -171,7 +173,7 @@ struct QuantisedResult {
   static bool take(Call& call, Quantised& d, PyObject* object) {
     const int bits = d.quant.v_bits == 4 || d.quant.v_bits == 2 ? d.quant.v_bits : 8;
     const int64_t head_v = d.v.size[d.v.ndim - 1] * 8 / bits;
-    return call.result(object, [&] { return like_with(call.args[0], d.q, head_v); }) && view(call.results[0], &d.out);
+    return call.result(object, [&] { return like_with(d.q, head_v); }) && view(call.results[0], &d.out);
   }
 };
 
@@ -242,7 +244,7 @@ struct Heads {
 struct HeadsResult {
   static bool take(Call& call, Attention& d, PyObject* object) {
     fastops_tensor like = d.q;
-    return swap_heads(&like) && call.result(object, [&] { return like_with(call.args[0], like, d.v.size[3]); }) &&
+    return swap_heads(&like) && call.result(object, [&] { return like_with(like, d.v.size[3]); }) &&
            Heads<&Attention::out>::take(call, d, call.results[0]);
   }
 };

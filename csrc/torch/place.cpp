@@ -130,6 +130,19 @@ fastops_status fastops_torch_run(fastops_torch_function run, fastops_torch_works
   }
 }
 
+void* fastops_torch_empty(const int64_t* size, const int64_t* stride, int ndim, fastops_dtype dtype) {
+  using fastops::binding::ScalarType;
+  static constexpr ScalarType kTypes[] = {ScalarType::Undefined, ScalarType::Float,        ScalarType::Half,
+                                          ScalarType::BFloat16,  ScalarType::Int,          ScalarType::Long,
+                                          ScalarType::Bool,      ScalarType::Double,       ScalarType::Byte,
+                                          ScalarType::Char,      ScalarType::Float8_e4m3fn};
+  AtenTensorHandle handle = nullptr;
+  const AOTITorchError error = aoti_torch_empty_strided(ndim, size, stride, static_cast<int32_t>(kTypes[dtype]),
+                                                        aoti_torch_device_type_cpu(), 0, &handle);
+  return error == AOTI_TORCH_SUCCESS ? handle : nullptr;
+}
+void fastops_torch_release(void* tensor) { aoti_torch_delete_tensor_object(static_cast<AtenTensorHandle>(tensor)); }
+
 int fastops_torch_on_cpu(void) { return (fastops::binding::mode() & fastops::binding::kEmulate) == 0; }
 int fastops_torch_records(void) { return aoti_torch_grad_mode_is_enabled(); }
 
